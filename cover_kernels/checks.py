@@ -1,0 +1,61 @@
+"""The argument checks that all operators share: one clear error, the same on every backend, before any work.
+
+Each message names the operator and the argument, says what was expected and what came.
+"""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that an operator accumulates in: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_image(op: str, name: str, x: Tensor, channels: str = "C") -> int:
+    """Check that `x` is a floating-point [B, channels, H, W] or [B, channels, D, H, W]; returns d (2 or 3)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: `{name}` must be a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op}: `{name}` must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.dim() not in (4, 5):
+        raise ValueError(
+            f"{op}: `{name}` must be [B, {channels}, H, W] or [B, {channels}, D, H, W], got {list(x.shape)}"
+        )
+    if any(size == 0 for size in x.shape[1:]):
+        raise ValueError(f"{op}: `{name}` must have no empty axis but the batch, got {list(x.shape)}")
+    return x.dim() - 2
+
+
+def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shape, dtypes=None) -> None:
+    """Check that `x` has the given shape, the device of `like` and one of `dtypes` (default: that of `like`)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: `{name}` must be a tensor, got {type(x).__name__}")
+    if x.device != like.device:
+        raise ValueError(f"{op}: `{name}` must be on the device of `{like_name}`, {like.device}, got {x.device}")
+    dtypes = dtypes or (like.dtype,)
+    if x.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dict.fromkeys(dtypes))
+        raise TypeError(f"{op}: `{name}` must be {expected} beside `{like_name}` in {like.dtype}, got {x.dtype}")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(
+            f"{op}: `{name}` must have shape {list(shape)} beside `{like_name}` {list(like.shape)}, got {list(x.shape)}"
+        )
+
+
+def per_axis(op: str, name: str, value, d: int) -> list[int]:
+    """An int or one int per axis, as a list of d positive ints."""
+    values = [value] * d if isinstance(value, int) else list(value)
+    if len(values) != d or not all(isinstance(v, int) and v >= 1 for v in values):
+        raise ValueError(f"{op}: `{name}` must be a positive int or {d} of them, one per spatial axis, got {value!r}")
+    return values
+
+
+def coarse_shape(op: str, stride: list[int], fine_name: str, fine: Tensor) -> list[int]:
+    """The spatial shape of a flow that is coarser than `fine` by `stride`."""
+    S = list(fine.shape[2:])
+    if any(size % s for size, s in zip(S, stride, strict=True)):
+        raise ValueError(f"{op}: `stride` must divide the spatial shape of `{fine_name}`, {S}, got {stride}")
+    return [size // s for size, s in zip(S, stride, strict=True)]

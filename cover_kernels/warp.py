@@ -1,0 +1,57 @@
+"""warp: sample an image or a feature map at p + u(p), u being a flow of the same or of a coarser level."""
+
+import torch
+from torch import Tensor
+
+from cover_kernels.checks import acc_dtype, check_image, check_like, coarse_shape, per_axis
+from cover_kernels.operators import register
+
+
+def warp(x: Tensor, flow: Tensor, stride: int | tuple[int, ...] = 1, padding: str = "zeros") -> Tensor:
+    """Resample `x` along a displacement field: y(p) = x(p + u(p)), linear interpolation.
+
+    u = Up(flow), the flow brought to the level of `x`: u(p) = stride * flow((p + 0.5) / stride - 0.5), linear
+    interpolation, clamped at the border. It is never written to memory. A zero displacement is the identity,
+    bit for bit. A voxel whose displacement is NaN becomes NaN.
+
+    Args:
+        x: [B, C, H, W] or [B, C, D, H, W]; float64, float32, bfloat16 or float16.
+        flow: [B, d, *(S / stride)], in voxels of its own level; component i moves along spatial axis i. The dtype of
+            `x` or float32 (float64 beside float64).
+        stride: how many times coarser than `x` the flow is, an int or one per axis; must divide S.
+        padding: what lies outside the image, "zeros" or "border" (the nearest voxel).
+
+    Returns:
+        y, shape and dtype of `x`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it. RuntimeError: second derivatives.
+    """
+    d = check_image("warp", "x", x)
+    stride = per_axis("warp", "stride", stride, d)
+    shape = (x.shape[0], d, *coarse_shape("warp", stride, "x", x))
+    check_like("warp", "flow", flow, "x", x, shape, (x.dtype, acc_dtype(x.dtype)))
+    if padding not in ("zeros", "border"):
+        raise ValueError(f'warp: `padding` must be "zeros" or "border", got {padding!r}')
+    return torch.ops.cover_kernels.warp_fwd(x, flow, stride, padding == "border")
+
+
+def _fwd_fake(x, flow, stride, border):
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    x, flow, ctx.stride, ctx.border = inputs
+    ctx.save_for_backward(x, flow)
+
+
+def _backward(ctx, grad_y):
+    return *torch.ops.cover_kernels.warp_bwd(grad_y, *ctx.saved_tensors, ctx.stride, ctx.border), None, None
+
+
+def _bwd_fake(grad_y, x, flow, stride, border):
+    return x.new_empty(x.shape), flow.new_empty(flow.shape)
+
+
+register("warp_fwd", fake=_fwd_fake, setup_context=_setup_context, backward=_backward)
+register("warp_bwd", fake=_bwd_fake)
