@@ -1,12 +1,39 @@
-"""Every setting of a run, as frozen dataclasses, and the presets: the one place where defaults live.
+"""Every setting of a run, as frozen dataclasses: the one place where defaults live.
 
 Field names are unique over all sections, so that a setting is given by its bare name: `cover pretrain ... lr=1e-3`
-and `cover.pretrain(..., lr=1e-3)`.
+and `cover.pretrain(..., lr=1e-3)`. A section checks its values when it is made.
 """
 
+import ast
 import dataclasses
+import difflib
+import math
+import types
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_origin
+
+
+def _check(section: Any, rules: dict[str, tuple[bool, str]]) -> None:
+    """ValueError for the first setting whose rule (does it hold, what is expected) does not hold."""
+    for name, (holds, expected) in rules.items():
+        if not holds:
+            raise ValueError(f"config: `{name}` must be {expected}, got {getattr(section, name)!r}")
+
+
+def _one_of(value: Any, *choices: str) -> tuple[bool, str]:
+    return value in choices, "one of " + ", ".join(choices)
+
+
+def _share(value: float) -> tuple[bool, str]:
+    return 0 <= value <= 1, "from 0 to 1"
+
+
+def _at_least(low: float, *values: float) -> tuple[bool, str]:
+    return all(low <= value < math.inf for value in values), f"at least {low}"
+
+
+def _positive(*values: float) -> tuple[bool, str]:
+    return len(values) > 0 and all(0 < value < math.inf for value in values), "above 0"
 
 
 @dataclass(frozen=True)
@@ -18,7 +45,8 @@ class DataConfig:
     resize: tuple[int, ...] | None = None  # 2D: every image is resized to (H, W) before cropping
     spacing: tuple[float, ...] | None = None  # 3D: resample to this voxel size, millimetres; None: as stored
     slice_axis: int | None = None  # 2D training from the slices of volumes along this canonical axis
-    volumes: str | int = "all"  # which volumes of a 4D image: "all" or an index
+    volumes: str | int = "all"  # which volumes of a 4D image: "all", an index, or "channels": one image of them all
+    max_voxels: int = 2**28  # a file that claims more is not read
     normalise: str = "percentile"  # "percentile" (clip, then z-score), "zscore" or "hounsfield"
     percentiles: tuple[float, float] = (0.5, 99.5)
     hounsfield: tuple[float, float] = (-1000.0, 1000.0)
@@ -27,6 +55,40 @@ class DataConfig:
     on_error: str = "skip"  # unreadable images: "skip" or "fail"
     cache: str | None = None  # folder of decoded volumes; None: <out>/cache
     workers: int = 0  # data-loading processes
+
+    def __post_init__(self):
+        d = len(self.crop)
+        _check(
+            self,
+            {
+                "crop": (d in (2, 3) and min(self.crop) > 0, "2 or 3 voxel counts above 0"),
+                "in_channels": _at_least(1, self.in_channels),
+                "resize": (
+                    self.resize is None or (d == 2 and len(self.resize) == 2 and min(self.resize) > 0),
+                    "H,W above 0, beside a 2D `crop`",
+                ),
+                "spacing": (
+                    self.spacing is None or (len(self.spacing) == 3 and min(self.spacing) > 0),
+                    "three voxel sizes above 0, millimetres",
+                ),
+                "slice_axis": (
+                    self.slice_axis is None or (d == 2 and self.slice_axis in (0, 1, 2)),
+                    "0, 1 or 2, beside a 2D `crop`",
+                ),
+                "volumes": (
+                    self.volumes in ("all", "channels") or (isinstance(self.volumes, int) and self.volumes >= 0),
+                    "all, channels or an index",
+                ),
+                "max_voxels": _at_least(1, self.max_voxels),
+                "normalise": _one_of(self.normalise, "percentile", "zscore", "hounsfield"),
+                "percentiles": (0 <= self.percentiles[0] < self.percentiles[1] <= 100, "low,high within 0 to 100"),
+                "hounsfield": (self.hounsfield[0] < self.hounsfield[1], "low,high"),
+                "foreground": _share(self.foreground),
+                "val_fraction": (0 <= self.val_fraction < 1, "at least 0 and below 1"),
+                "on_error": _one_of(self.on_error, "skip", "fail"),
+                "workers": _at_least(0, self.workers),
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -41,6 +103,24 @@ class DVFConfig:
     control_spacing: float = 32.0  # voxels between control points
     flip: float = 0.0  # probability, per axis
     fit_to_reach: float | None = 0.97  # shrink the ranges until this share of vectors is within reach; None: do not
+
+    def __post_init__(self):
+        _check(
+            self,
+            {
+                "rotation": (0 <= self.rotation <= 180, "from 0 to 180 degrees"),
+                "scale": (0 <= self.scale < 1, "at least 0 and below 1"),
+                "shear": _at_least(0, self.shear),
+                "translation": _at_least(0, self.translation),
+                "nonrigid": _at_least(0, self.nonrigid),
+                "control_spacing": _positive(self.control_spacing),
+                "flip": _share(self.flip),
+                "fit_to_reach": (
+                    self.fit_to_reach is None or 0 < self.fit_to_reach <= 1,
+                    "above 0, at most 1, or none",
+                ),
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -57,6 +137,22 @@ class AppearanceConfig:
     inpaint: float = 0.25  # largest share of an axis that an in-painted patch takes
     patches: int = 4  # in-painted patches per sample
 
+    def __post_init__(self):
+        _check(
+            self,
+            {
+                "appearance": _share(self.appearance),
+                "views": _one_of(self.views, "a", "b", "both", "none"),
+                "noise": _at_least(0, self.noise),
+                "blur": _at_least(0, self.blur),
+                "contrast": _share(self.contrast),
+                "brightness": _at_least(0, self.brightness),
+                "gamma": _at_least(0, self.gamma),
+                "inpaint": _share(self.inpaint),
+                "patches": _at_least(0, self.patches),
+            },
+        )
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -68,27 +164,68 @@ class ModelConfig:
     group_channels: int = 8  # C, channels of one vector group
     mask_outside: bool = False  # leave keys sampled from outside view a out of the softmax
 
+    def __post_init__(self):
+        window = (self.window,) if isinstance(self.window, int) else self.window
+        _check(
+            self,
+            {
+                "channels": _positive(*self.channels),
+                "window": (len(window) > 0 and all(n > 0 and n % 2 for n in window), "odd, or one odd width per axis"),
+                "heads": (
+                    0 < len(self.heads) <= len(self.channels) and min(self.heads) > 0,
+                    f"1 to {len(self.channels)} counts above 0, one per pyramid level, no more than `channels`",
+                ),
+                "group_channels": _at_least(1, self.group_channels),
+            },
+        )
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation, logging and saving."""
+    """Optimisation, validation, logging and saving."""
 
     steps: int = 1000
     batch: int = 4
-    optimiser: str = "adamw"  # "adamw" or "sgd"
-    lr: float = 1e-3
+    optimiser: str = "adamw"  # "adamw", "adam" (weight decay inside the gradient) or "sgd"
+    lr: float = 1e-3  # largest learning rate
     momentum: float = 0.9  # sgd only
     weight_decay: float = 1e-4
-    schedule: str = "onecycle"  # "onecycle" or "constant"
+    schedule: str = "onecycle"  # "onecycle" (linear warm-up, then cosine to zero) or "constant"
+    warmup: float = 0.1  # share of the steps; onecycle only
     clip: float = 1.0  # largest gradient norm; 0: no clipping
     vector_weight: float = 1.0  # factor of L_vec
     consistency_weight: float = 1.0  # factor of L_con
     seed: int = 0
     device: str = "auto"  # "auto": cuda where there is one, else cpu
-    log_every: int = 10  # steps
+    tensorboard: bool = False  # also write the metrics for TensorBoard
+    log_every: int = 10  # steps between lines in the log; metrics.jsonl has every step
     val_every: int = 200  # steps; 0: only at the end
+    val_samples: int = 64  # held-out patches of a validation, spread over the images
     checkpoint_every: int = 200  # steps
     keep: int = 2  # checkpoints kept
+
+    def __post_init__(self):
+        _check(
+            self,
+            {
+                "steps": _at_least(1, self.steps),
+                "batch": _at_least(1, self.batch),
+                "optimiser": _one_of(self.optimiser, "adamw", "adam", "sgd"),
+                "lr": _positive(self.lr),
+                "momentum": (0 <= self.momentum < 1, "at least 0 and below 1"),
+                "weight_decay": _at_least(0, self.weight_decay),
+                "schedule": _one_of(self.schedule, "onecycle", "constant"),
+                "warmup": _share(self.warmup),
+                "clip": _at_least(0, self.clip),
+                "vector_weight": _at_least(0, self.vector_weight),
+                "consistency_weight": _at_least(0, self.consistency_weight),
+                "log_every": _at_least(1, self.log_every),
+                "val_every": _at_least(0, self.val_every),
+                "val_samples": _at_least(1, self.val_samples),
+                "checkpoint_every": _at_least(1, self.checkpoint_every),
+                "keep": _at_least(1, self.keep),
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -101,21 +238,102 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self):
+        d, window = len(self.data.crop), self.model.window
+        if not isinstance(window, int) and len(window) != d:
+            raise ValueError(f"config: `window` must have one width per axis of the {d}D `crop`, got {window!r}")
+
 
 _SECTION_OF = {f.name: s.name for s in dataclasses.fields(Config) for f in dataclasses.fields(s.type)}
+_TYPES = {f.name: f.type for s in dataclasses.fields(Config) for f in dataclasses.fields(s.type)}
 assert len(_SECTION_OF) == sum(len(dataclasses.fields(s.type)) for s in dataclasses.fields(Config)), "names clash"
 
 
 def replace(config: Config, **settings: Any) -> Config:
-    """A copy of `config` with settings changed by their bare names; ValueError for a name that does not exist."""
+    """A copy of `config` with settings changed by their bare names.
+
+    A value is of the setting's type or text that says it, as on the command line: "1e-3", "96,96,96",
+    "(96, 96, 96)", "true", "none". Raises ValueError, naming the setting, for one that does not exist and for a value
+    that does not fit.
+    """
+    changes: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         if name not in _SECTION_OF:
-            import difflib
-
             near = difflib.get_close_matches(name, _SECTION_OF, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"config: there is no setting {name!r}{hint}")
-        section = getattr(config, _SECTION_OF[name])
-        value = _coerce(name, value, getattr(type(section)(), name), type(section).__annotations__[name])
-        config = dataclasses.replace(config, **{_SECTION_OF[name]: dataclasses.replace(section, **{name: value})})
-    return config
+        changes.setdefault(_SECTION_OF[name], {})[name] = _coerce(name, value)
+    sections = {section: dataclasses.replace(getattr(config, section), **new) for section, new in changes.items()}
+    return dataclasses.replace(config, **sections)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """All settings by their bare names; `replace(Config(), **flatten(config))` is `config`."""
+    return {name: getattr(getattr(config, section), name) for name, section in _SECTION_OF.items()}
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """The settings by section, of types that JSON knows (tuples as lists)."""
+    return {
+        section: {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        for section, settings in dataclasses.asdict(config).items()
+    }
+
+
+def from_dict(sections: dict[str, dict[str, Any]]) -> Config:
+    """The inverse of `to_dict`; a setting that is missing takes its default. ValueError for unknown names."""
+    unknown = set(sections) - {section.name for section in dataclasses.fields(Config)}
+    if unknown:
+        raise ValueError(f"config: there is no section {sorted(unknown)[0]!r}")
+    return replace(Config(), **{name: value for settings in sections.values() for name, value in settings.items()})
+
+
+def _coerce(name: str, value: Any) -> Any:
+    """`value` as the type of the setting `name`; ValueError where it does not fit."""
+    hint = _TYPES[name]
+    options = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for candidate in (_parse(value), value):
+        for option in options:
+            fits, typed = _fit(candidate, option)
+            if fits:
+                return typed
+    raise ValueError(f"config: `{name}` must be {' or '.join(_describe(option) for option in options)}, got {value!r}")
+
+
+def _parse(value: Any) -> Any:
+    """What a text says: a number, a tuple, true, false or none; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    word = value.strip().lower()
+    if word in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[word]
+    try:
+        return ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _fit(value: Any, option: Any) -> tuple[bool, Any]:
+    """Whether `value` can stand for the type `option`, and as what."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if option is types.NoneType:
+        return value is None, None
+    if option is int:
+        return (True, int(value)) if number and value == value // 1 else (False, None)
+    if option is float:
+        return (True, float(value)) if number and not math.isnan(value) else (False, None)
+    if get_origin(option) is tuple:
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        kinds = get_args(option)
+        kinds = kinds[:1] * len(values) if kinds[-1] is ... else kinds
+        fits = [_fit(v, kind) for v, kind in zip(values, kinds, strict=False)]
+        return len(values) == len(kinds) and all(fit for fit, _ in fits), tuple(typed for _, typed in fits)
+    return isinstance(value, option), value
+
+
+def _describe(option: Any) -> str:
+    if get_origin(option) is tuple:
+        kinds = get_args(option)
+        names = [{int: "int", float: "number"}[kind] for kind in kinds if kind is not ...]
+        return ",".join(names * 2) + ",..." if kinds[-1] is ... else ",".join(names)
+    return {int: "an int", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}[option]
