@@ -1,0 +1,117 @@
+"""One file to arrays: its format, which of its volumes, axis order, voxel size; not yet channels and intensities."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel
+import numpy as np
+from nibabel.affines import voxel_sizes
+from nibabel.orientations import apply_orientation, io_orientation
+
+from cover.config import DataConfig
+from cover.data.pictures import check_shape, decode_picture
+from cover.data.report import ImageError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+NIFTI = (".nii", ".nii.gz")
+SUFFIXES = (*PICTURES, *NIFTI, ".npy")
+_MILLIMETRES = {"meter": 1e3, "micron": 1e-3}
+
+
+class Decoded(NamedTuple):
+    """array: [V, C, *S], V images of C stored channels each, real numbers; spacing: mm per axis of S, None: unknown."""
+
+    array: np.ndarray
+    spacing: tuple[float, ...] | None
+
+
+def from_volumes(config: DataConfig) -> bool:
+    """Whether the files must hold volumes: for 3D training, and for 2D training from slices."""
+    return len(config.crop) == 3 or config.slice_axis is not None
+
+
+def read(path: Path, config: DataConfig) -> Decoded:
+    """Decode one file.
+
+    NIfTI axes are brought to nibabel's canonical order: left to right, posterior to anterior, inferior to superior.
+    `config.volumes` picks from a 4D NIfTI: "all" gives V images, an index one, "channels" one image of that many
+    channels. A `.npy` is [*S] or [C, *S] with 1, 3 or `in_channels` channels.
+
+    Raises:
+        ImageError: the file cannot be used. ImportError: it needs an extra that is not installed.
+    """
+    name = path.name.lower()
+    try:
+        if not path.is_file():
+            raise ImageError("no such file")
+        if path.stat().st_size == 0:
+            raise ImageError("empty file")
+        if name.endswith(PICTURES):
+            decoded = Decoded(decode_picture(path.read_bytes(), config.max_voxels)[None], None)
+        elif name.endswith(NIFTI):
+            decoded = _read_nifti(path, config)
+        elif name.endswith(".npy"):
+            decoded = _read_npy(path, config)
+        else:
+            raise ImageError(f"its format is not known; expected one of {' '.join(SUFFIXES)}")
+    except (ImageError, ImportError):
+        raise
+    except Exception as error:  # decoders raise whatever a damaged file makes them trip over
+        raise ImageError(f"cannot be read: {type(error).__name__}: {error}") from error
+    _check_dimensions(decoded.array.shape[2:], config)
+    return decoded
+
+
+def _read_nifti(path: Path, config: DataConfig) -> Decoded:
+    image = nibabel.load(path)
+    shape = image.shape
+    if len(shape) < 3 or any(size != 1 for size in shape[4:]):
+        raise ImageError(f"expected a 3D or 4D NIfTI, got shape {shape}")
+    if len(shape) > 3 and isinstance(config.volumes, int):
+        if not 0 <= config.volumes < shape[3]:
+            raise ImageError(f"has {shape[3]} volumes; `volumes` asks for number {config.volumes}")
+        check_shape(shape[:3], config.max_voxels)
+        image = image.slicer[:, :, :, config.volumes : config.volumes + 1]
+    check_shape(image.shape, config.max_voxels)
+    dtype = _check_real(image.get_data_dtype())
+    if dtype.names:  # RGB
+        pixels = np.asanyarray(image.dataobj)
+        array = np.stack([pixels[channel] for channel in dtype.names], axis=-1)
+    else:
+        array = image.get_fdata(dtype=np.float32, caching="unchanged")
+    array = array.reshape(*image.shape[:3], -1, len(dtype.names or "1"))
+    if config.volumes == "channels":
+        array = array.reshape(*image.shape[:3], 1, -1)
+
+    orientation = io_orientation(image.affine)
+    array = np.moveaxis(apply_orientation(array, orientation), (3, 4), (0, 1))
+    sizes = voxel_sizes(image.affine) * _MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
+    spacing = sizes[np.argsort(orientation[:, 0])]
+    flat = [axis for axis in range(3) if array.shape[2 + axis] == 1]
+    if len(flat) == 1 and not from_volumes(config):  # a radiograph stored as NIfTI
+        array, spacing = array.squeeze(2 + flat[0]), np.delete(spacing, flat[0])
+    return Decoded(array, tuple(map(float, spacing)))
+
+
+def _read_npy(path: Path, config: DataConfig) -> Decoded:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    check_shape(array.shape, config.max_voxels)
+    if _check_real(array.dtype).names:
+        raise ImageError(f"expected real numbers, got {array.dtype}")
+    d = 3 if from_volumes(config) else 2
+    if array.ndim == d + 1 and array.shape[0] in (1, 3, config.in_channels):
+        return Decoded(array[None], None)
+    return Decoded(array[None, None], None)
+
+
+def _check_real(dtype: np.dtype) -> np.dtype:
+    if dtype.kind not in "uifbV":
+        raise ImageError(f"expected real numbers, got {dtype}")
+    return dtype
+
+
+def _check_dimensions(shape: tuple[int, ...], config: DataConfig) -> None:
+    d = 3 if from_volumes(config) else 2
+    if len(shape) != d or min(shape) < 2:
+        hint = "; set `slice_axis` to train in 2D from slices" if len(shape) == 3 and d == 2 else ""
+        raise ImageError(f"expected a {d}D image, every axis at least 2 long, got shape {tuple(shape)}{hint}")
