@@ -63,10 +63,10 @@ class Draws:
                 raise TypeError(f"Draws: `{name}` must be int64, got {x.dtype}")
             if x.dim() != 1 or x.shape != index.shape:
                 raise ValueError(f"Draws: `{name}` must be [B] like `index` {list(index.shape)}, got {list(x.shape)}")
-        device = index.device if device is None else device
-        key = torch.full(index.shape, _signed(seed), dtype=torch.int64, device=device)
+        self.device = index.device if device is None else torch.device(device)
+        key = torch.full(index.shape, _signed(seed), dtype=torch.int64, device=self.device)
         for part in (epoch, index):
-            key = _mix(_mix(key + _signed(_GOLDEN)) ^ part.to(device))
+            key = _mix(_mix(key + _signed(_GOLDEN)) ^ part.to(self.device))
         self._key = key
 
     def _bits(self, name: str, shape: tuple[int, ...]) -> Tensor:
