@@ -68,8 +68,9 @@ class DataConfig:
                     "H,W above 0, beside a 2D `crop`",
                 ),
                 "spacing": (
-                    self.spacing is None or (len(self.spacing) == 3 and min(self.spacing) > 0),
-                    "three voxel sizes above 0, millimetres",
+                    self.spacing is None
+                    or (len(self.spacing) == 3 and min(self.spacing) > 0 and (d == 3 or self.slice_axis is not None)),
+                    "three voxel sizes above 0, millimetres, beside a 3D `crop` or a `slice_axis`",
                 ),
                 "slice_axis": (
                     self.slice_axis is None or (d == 2 and self.slice_axis in (0, 1, 2)),
@@ -95,7 +96,7 @@ class DataConfig:
 class DVFConfig:
     """Ranges of the random displacement vector fields; each is drawn uniformly from [-range, range]."""
 
-    rotation: float = 20.0  # degrees, about every axis (2D: in the plane)
+    rotation: float = 20.0  # degrees, in the plane; 3D: about an axis of any direction
     scale: float = 0.15  # fraction, per axis: factors from 1 - scale to 1 + scale
     shear: float = 0.05  # fraction, per ordered pair of axes
     translation: float = 0.05  # fraction of the crop, per axis
@@ -116,8 +117,8 @@ class DVFConfig:
                 "control_spacing": _positive(self.control_spacing),
                 "flip": _share(self.flip),
                 "fit_to_reach": (
-                    self.fit_to_reach is None or 0 < self.fit_to_reach <= 1,
-                    "above 0, at most 1, or none",
+                    self.fit_to_reach is None or 0 < self.fit_to_reach < 1,
+                    "between 0 and 1, or none",
                 ),
             },
         )

@@ -1,0 +1,7 @@
+"""`python -m cover` is the command `cover`."""
+
+import sys
+
+from cover.cli import main
+
+sys.exit(main())

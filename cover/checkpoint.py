@@ -1,0 +1,117 @@
+"""Checkpoints: written atomically, complete, and read back without running any code that they may carry."""
+
+import contextlib
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cover import config as settings
+from cover.config import Config
+from cover.model import COVER, build_model
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` (tensors, numbers, text, and lists and dicts of these) to `path`, all of it or nothing.
+
+    Whatever kills the process or the machine meanwhile, `path` is afterwards what it was before or all of the new.
+    """
+    with atomic(path, "wb") as file:
+        torch.save(content, file)
+
+
+@contextlib.contextmanager
+def atomic(path: Path, mode: str):
+    """A file that takes the name `path` when the `with` block ends without an error, and not before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, mode) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    # the new name is safe only once the folder that holds it is on the disk
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The content of a file that `save` wrote for a run: its settings in "config", weights in "model" or "backbone".
+
+    Raises FileNotFoundError where there is none, and ValueError, naming the file, where it cannot be used.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint: there is no file {path}")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"checkpoint: {path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or "config" not in content:
+        raise ValueError(f"checkpoint: {path} was not written by a run of cover")
+    return content
+
+
+def path_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies in the folder of a run."""
+    return Path(run) / "checkpoints" / f"step_{step:08d}.pt"
+
+
+def all_of(run: Path) -> list[Path]:
+    """The checkpoints of the run in the folder `run`, oldest first."""
+    return sorted((Path(run) / "checkpoints").glob("step_????????.pt"))
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints of a run, and what a killed process left half written."""
+    for path in [*all_of(run)[:-keep], *(Path(run) / "checkpoints").glob("*.tmp")]:
+        path.unlink()
+
+
+def find(path: Path) -> Path:
+    """`path` itself where it is a file, the last checkpoint where it is a run's folder; else FileNotFoundError."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    checkpoints = all_of(path)
+    if not checkpoints:
+        what = "the folder holds no checkpoint" if path.is_dir() else "there is no such file or folder"
+        raise FileNotFoundError(f"checkpoint: {path}: {what}; expected the folder of a run or a checkpoint")
+    return checkpoints[-1]
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[COVER, Config]:
+    """The model of a run, in eval mode, and the run's settings.
+
+    Args:
+        path: the folder of a run (its last checkpoint is taken) or a checkpoint.
+        device: where the model is put.
+    """
+    content = load(find(path), device)
+    if "model" not in content:
+        raise ValueError(f"checkpoint: {path} holds a backbone without the vector pyramid; use load_backbone")
+    config = settings.from_dict(content["config"])
+    model = build_model(config).to(device)
+    model.load_state_dict(content["model"])
+    return model.eval(), config
+
+
+def load_backbone(path: Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The pretrained backbone, in eval mode, for fine-tuning.
+
+    Args:
+        path: the folder of a run, one of its checkpoints, or its `backbone.pt`.
+        device: where the backbone is put.
+    """
+    content = load(find(path), device)
+    model = build_model(settings.from_dict(content["config"])).to(device)
+    if "backbone" in content:
+        model.backbone.load_state_dict(content["backbone"])
+    else:
+        model.load_state_dict(content["model"])
+    return model.backbone.eval()

@@ -1,0 +1,150 @@
+"""The command `cover`: pretrain, evaluate, visualize, check and presets."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cover import config
+from cover.data import DataError, check
+from cover.evaluate import evaluate
+from cover.presets import PRESETS, preset_config
+from cover.process import Interrupted
+from cover.trainer import NonFiniteLoss, Trainer, run_config
+from cover_kernels import __version__
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the message is one line for the user."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0 done; 1 the run failed, or the check found problems; 2 what was asked for is impossible;
+        128 + n saved and stopped at signal n.
+    """
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        options.settings = read_settings(rest)
+        return options.command(options)
+    except UsageError as error:
+        print(f"cover {options.name}: error: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteLoss:
+        return 1  # the run's log has said it
+    except DataError as error:
+        print(f"cover {options.name}: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as interruption:
+        return 128 + interruption.signal  # as a shell says it
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cover", description="Vector contrastive pretraining for medical images.")
+    parser.add_argument("--version", action="version", version=f"cover {__version__}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    def command(function, summary: str, settings: bool = True) -> argparse.ArgumentParser:
+        name = function.__name__.removesuffix("_command")
+        ending = "Settings follow as key=value, for example lr=1e-3 crop=96,96,96; `cover presets P` lists them."
+        sub = commands.add_parser(name, help=summary, description=summary, epilog=ending if settings else None)
+        sub.set_defaults(command=function)
+        return sub
+
+    sub = command(pretrain_command, "Pretrain a backbone on unlabelled images.")
+    sub.add_argument("data", metavar="DATA", help="folder, image, or CSV or JSON manifest")
+    sub.add_argument("--preset", metavar="P", help=f"one of {', '.join(PRESETS)}")
+    sub.add_argument("--out", metavar="RUN", required=True, help="folder of the run")
+    sub.add_argument("--resume", action="store_true", help="continue the run in RUN, or start it if there is none")
+    sub.add_argument("--val", metavar="DATA", help="held-out images (default: the manifest's val rows, or a share)")
+
+    sub = command(evaluate_command, "Endpoint error of a run on held-out images, as a table.")
+    sub.add_argument("run", metavar="RUN", help="folder of a run, or a checkpoint")
+    sub.add_argument("data", metavar="DATA", help="folder, image, or CSV or JSON manifest")
+    sub.add_argument("--split", choices=("train", "val", "test"), help="rows of a manifest to evaluate on")
+    sub.add_argument("--samples", type=int, metavar="N", help="patches (default: val_samples, but one of each image)")
+
+    sub = command(visualize_command, "One figure: both views, true and predicted displacement, error, features.")
+    sub.add_argument("run", metavar="RUN", help="folder of a run, or a checkpoint")
+    sub.add_argument("image", metavar="IMAGE", help="an image or volume")
+    sub.add_argument("--out", metavar="FILE", help="the figure, .png or .pdf (default: <image>.png in RUN/figures)")
+
+    sub = command(check_command, "Look at every file of a data set and say what cannot be used.")
+    sub.add_argument("data", metavar="DATA", help="folder, image, or CSV or JSON manifest")
+    sub.add_argument("--preset", metavar="P", help=f"one of {', '.join(PRESETS)}")
+
+    sub = command(presets_command, "List the presets, or every setting of one.")
+    sub.add_argument("preset", metavar="P", nargs="?", help=f"one of {', '.join(PRESETS)}")
+    return parser
+
+
+def read_settings(words: Sequence[str]) -> dict[str, str]:
+    """key=value words as a dict of texts."""
+    settings = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"expected settings as key=value, got {word!r}")
+        if name in settings:
+            raise UsageError(f"the setting {name!r} is given twice")
+        settings[name] = value
+    return settings
+
+
+class user_errors:
+    """Within the block, what a user can put right (paths, settings, data, extras) becomes a UsageError."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, (ValueError, OSError, ImportError)):
+            raise UsageError(str(error)) from error
+
+
+def pretrain_command(options: argparse.Namespace) -> int:
+    out = Path(options.out)
+    with user_errors():
+        settings = run_config(out, options.preset, options.resume, options.settings)
+        trainer = Trainer(settings, options.data, out, options.val)
+    trainer.run()
+    return 0
+
+
+def evaluate_command(options: argparse.Namespace) -> int:
+    with user_errors():
+        result = evaluate(options.run, options.data, options.split, options.samples, **options.settings)
+    print(result)
+    return 0
+
+
+def visualize_command(options: argparse.Namespace) -> int:
+    with user_errors():
+        from cover.visualize import visualize
+
+        path = visualize(options.run, options.image, options.out, **options.settings)
+    print(path)
+    return 0
+
+
+def check_command(options: argparse.Namespace) -> int:
+    with user_errors():
+        settings = config.replace(preset_config(options.preset or "default"), **options.settings)
+        report = check(options.data, settings.data)
+    print(report)
+    return 1 if report.problems else 0
+
+
+def presets_command(options: argparse.Namespace) -> int:
+    if options.preset is None:
+        width = max(map(len, PRESETS))
+        print("\n".join(f"{name:<{width}}  {summary}" for name, (summary, _) in PRESETS.items()))
+        return 0
+    with user_errors():
+        settings = config.replace(preset_config(options.preset), **options.settings)
+    print("\n".join(f"{name}={json.dumps(value)}" for name, value in config.flatten(settings).items()))
+    return 0

@@ -1,0 +1,173 @@
+"""Held-out evaluation: endpoint error (EPE) of the predicted displacements, under transforms that never change."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cover import checkpoint
+from cover.config import Config, ModelConfig, replace
+from cover.data import ImageSet, PretrainDataset, open_images
+from cover.losses import epe
+from cover.model import COVER
+from cover.rng import Draws
+from cover.views import ViewMaker, fit_to_reach, reachable_fraction
+
+# crops, displacements and appearance of every evaluation, whatever the seed of the run: runs can be compared
+HELD_OUT_SEED = 2506_20850
+
+_BIN, _BINS = 0.01, 100_000  # voxels; errors beyond 1000 voxels share the last bin
+
+
+@dataclass(frozen=True)
+class ErrorSummary:
+    """Endpoint errors of many voxels: in voxels, and shares from 0 to 1."""
+
+    epe_mean: float
+    epe_median: float
+    epe_p95: float  # 95th percentile
+    within_1: float  # share of errors of at most 1 voxel
+    within_3: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network does on held-out images, beside predicting no displacement at all; `print` shows a table."""
+
+    model: ErrorSummary
+    zero: ErrorSummary
+    patches: int
+    voxels: int  # whose match lies inside view a: the others do not count
+    reachable: float  # share of the voxels whose true vector the pyramid can express
+
+    def as_record(self) -> dict[str, float]:
+        """The figures by flat names, those of predicting zero with the suffix `_zero`."""
+        zero = {f"{name}_zero": value for name, value in asdict(self.zero).items()}
+        return asdict(self.model) | zero | {"reachable_fraction": self.reachable}
+
+    def __str__(self) -> str:
+        lines = [f"{'':<16}{'EPE mean':>10}{'median':>10}{'95 %':>10}{'<= 1 voxel':>12}{'<= 3 voxels':>13}"]
+        for name, row in (("COVER", self.model), ("predicting zero", self.zero)):
+            errors = "".join(f"{value:>10.2f}" for value in (row.epe_mean, row.epe_median, row.epe_p95))
+            lines.append(f"{name:<16}{errors}{row.within_1:>11.1%} {row.within_3:>12.1%}")
+        lines.append(
+            f"errors in voxels, over {self.voxels} voxels of {self.patches} patches; "
+            f"{self.reachable:.1%} of the true vectors are within reach"
+        )
+        return "\n".join(lines)
+
+
+class ErrorHistogram:
+    """Collects endpoint errors in constant memory: mean and shares exact, percentiles to a hundredth of a voxel."""
+
+    def __init__(self):
+        self.counts = torch.zeros(_BINS, dtype=torch.int64)
+        self.total = 0.0
+        self.within = {1: 0, 3: 0}
+
+    def add(self, errors: Tensor) -> None:
+        """Errors in voxels, float [n]."""
+        bins = (errors / _BIN).long().clamp(max=_BINS - 1)
+        self.counts += torch.bincount(bins, minlength=_BINS).cpu()
+        self.total += errors.sum(dtype=torch.float64).item()
+        for limit in self.within:
+            self.within[limit] += (errors <= limit).sum().item()
+
+    def summary(self) -> ErrorSummary:
+        """NaN throughout when there were no errors."""
+        count = self.counts.sum().item()
+        if count == 0:
+            return ErrorSummary(*[float("nan")] * 5)
+        cumulated = self.counts.cumsum(0)
+        median, p95 = ((torch.searchsorted(cumulated, share * count).item() + 0.5) * _BIN for share in (0.5, 0.95))
+        return ErrorSummary(self.total / count, median, p95, self.within[1] / count, self.within[3] / count)
+
+
+def held_out_keys(images: int, samples: int) -> list[tuple[int, int]]:
+    """(epoch, index) of the patches of an evaluation: spread over the images, each `samples / images` times."""
+    if samples < images:
+        return [(0, k * images // samples) for k in range(samples)]
+    return [divmod(k, images) for k in range(samples)]
+
+
+def held_out_batches(images: ImageSet, config: Config, margin: tuple[int, ...], samples: int) -> Iterator[dict]:
+    """The patches of an evaluation, in batches: the same in every call."""
+    keys = held_out_keys(len(images), samples)
+    batches = [keys[k : k + config.train.batch] for k in range(0, len(keys), config.train.batch)]
+    dataset = PretrainDataset(images, config.data, margin, HELD_OUT_SEED)
+    # a generator of its own: the global one belongs to the training
+    yield from DataLoader(dataset, batch_sampler=batches, num_workers=config.data.workers, generator=torch.Generator())
+
+
+@torch.no_grad()
+def measure(model: COVER, images: ImageSet, views: ViewMaker, config: Config, samples: int) -> Evaluation:
+    """Evaluate a model on `samples` patches of `images`, with the views that `views` makes of them."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    errors, zero_errors, reachable = ErrorHistogram(), ErrorHistogram(), 0.0
+    for batch in held_out_batches(images, config, views.margin, samples):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        a, b, flow, mask = views(batch, Draws(HELD_OUT_SEED, batch["epoch"], batch["index"], device))
+        errors.add(epe(model(a, b).flow, flow, mask))
+        zero_errors.add(epe(torch.zeros_like(flow), flow, mask))
+        reachable += reachable_fraction(flow, mask, model.pyramid.reach).item() * mask.sum().item()
+    model.train(was_training)
+    voxels = int(errors.counts.sum())
+    share = reachable / voxels if voxels else float("nan")
+    return Evaluation(errors.summary(), zero_errors.summary(), samples, voxels, share)
+
+
+def evaluate(
+    run: str | PathLike,
+    data: Any,
+    split: str | None = None,
+    samples: int | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Evaluate a run on images that it has not seen (`cover evaluate RUN DATA`).
+
+    Args:
+        run: the folder of a run (its last checkpoint is taken) or a checkpoint.
+        data: as for `pretrain`: a folder, an image, a list of images, or a manifest.
+        split: "train", "val" or "test", where a manifest tells them apart; None: all images.
+        samples: patches; None: `val_samples`, but at least one of each image.
+        **settings: changes to the run's settings, such as `volumes=1` or other ranges of the displacements; those of
+            the network cannot change.
+
+    Raises:
+        FileNotFoundError: no such run or data. ValueError: a setting or the data cannot be used.
+    """
+    trained, config = checkpoint.load_model(Path(run))
+    changed = replace(config, **settings)
+    if changed.model != config.model or changed.data.in_channels != config.data.in_channels:
+        fixed = ", ".join([*ModelConfig.__dataclass_fields__, "in_channels"])
+        raise ValueError(f"evaluate: the settings of the trained network ({fixed}) cannot change")
+    if len(changed.data.crop) != len(config.data.crop):
+        raise ValueError(f"evaluate: `crop` must have {len(config.data.crop)} axes, got {changed.data.crop}")
+    images = open_images(data, changed.data, split)
+    if samples is None:
+        samples = max(changed.train.val_samples, len(images))
+    if samples < 1:
+        raise ValueError(f"evaluate: `samples` must be at least 1, got {samples}")
+    dvf = fit_to_reach(changed.dvf, changed.data.crop, trained.pyramid.reach)
+    views = ViewMaker(dvf, changed.appearance, changed.data.crop)
+    return measure(trained.to(device_of(changed)), images, views, changed, samples)
+
+
+def device_of(config: Config) -> torch.device:
+    """The device that `config.train.device` names; ValueError where this machine has none such."""
+    name = config.train.device
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"config: `device` {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device

@@ -1,0 +1,111 @@
+"""What a run tells: metrics.jsonl (every record), log.txt, the terminal and, when asked, TensorBoard."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+
+class RunLog:
+    """Writes the records and messages of the run in the folder `out`, which must exist.
+
+    Args:
+        out: the run's folder; the log goes on in `metrics.jsonl`, `log.txt` and `tensorboard/`.
+        step: the step that the run goes on from; records beyond it, left by a run that was killed, are dropped.
+        steps: steps of the whole run.
+        every: steps between two lines about the progress.
+        tensorboard: also write the records for TensorBoard. Raises ImportError where it is not installed.
+        stream: the terminal; a progress bar is drawn when it is one, plain lines are written when it is not.
+    """
+
+    def __init__(
+        self, out: Path, step: int, steps: int, every: int, tensorboard: bool = False, stream: TextIO | None = None
+    ):
+        self.stream = stream or sys.stdout
+        self.is_terminal = self.stream.isatty()
+        self.first, self.steps, self.every = step, steps, every
+        self.began = time.monotonic()
+        self.board = _tensorboard(out / "tensorboard", step) if tensorboard else None
+        truncate(out / "metrics.jsonl", step)
+        self.metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self.text = open(out / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
+
+    def message(self, text: str) -> None:
+        """A line for the log and the terminal."""
+        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self.text.flush()
+        print(("\r\033[K" if self.is_terminal else "") + text, file=self.stream, flush=True)
+
+    def record(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """A record for the metrics: `kind` ("train" or "val"), the step and its values."""
+        # NaN and infinity are not JSON
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self.metrics.flush()
+        for name, value in values.items():
+            if self.board and value is not None:
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def progress(self, step: int, values: dict[str, float]) -> None:
+        """Where the run stands after `step`: a bar on a terminal, else a line every so many steps."""
+        left = (time.monotonic() - self.began) / (step - self.first) * (self.steps - step)
+        words = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        line = f"step {step}/{self.steps} {words} {_duration(left)} left"
+        due = step % self.every == 0 or step == self.steps
+        if self.is_terminal:
+            filled = 24 * step // self.steps
+            print(f"\r\033[K[{'#' * filled}{'.' * (24 - filled)}] {line}", end="", file=self.stream, flush=True)
+            if due:
+                self.text.write(line + "\n")
+                self.text.flush()
+        elif due:
+            self.message(line)
+
+    def sync(self) -> None:
+        """Returns when every record is on the disk: to be called before a checkpoint that relies on them."""
+        os.fsync(self.metrics.fileno())
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.metrics.close()
+        self.text.close()
+        if self.board:
+            self.board.close()
+
+
+def truncate(path: Path, step: int) -> None:
+    """Cut a metrics.jsonl behind the last whole record of `step`: what follows will be written again."""
+    if not path.exists():
+        return
+    end = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            end += len(line)
+    os.truncate(path, end)
+
+
+def read(out: Path, kind: str) -> list[dict]:
+    """The records of one kind ("train" or "val") in the metrics of the run in `out`, in order."""
+    with open(Path(out) / "metrics.jsonl", encoding="utf-8") as file:
+        return [record for record in map(json.loads, file) if record["kind"] == kind]
+
+
+def _tensorboard(folder: Path, step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("TensorBoard is not installed: pip install 'cover-vcl[tensorboard]'") from error
+    return SummaryWriter(folder, purge_step=step + 1)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

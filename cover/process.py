@@ -1,0 +1,61 @@
+"""A training process and its machine: signals that ask it to stop, and how much memory it has taken."""
+
+import resource
+import signal
+import sys
+import threading
+
+import torch
+
+_STOP = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop, and did after saving itself; `signal` is the number of the signal that asked."""
+
+    def __init__(self, received: int, message: str):
+        super().__init__(message)
+        self.signal = received
+
+
+class StopSignals:
+    """Inside the `with` block, the first Ctrl-C or SIGTERM is noted in `received`; the next acts as it always does.
+
+    In a thread other than the main one, where signals never arrive, it does nothing.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._before = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _STOP}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame) -> None:
+        self.received = number
+        print("\nsaving after this step; press again to stop at once", file=sys.stderr)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before = {}
+
+
+def ignore_signals(worker: int) -> None:
+    """For data-loading workers: the terminal sends Ctrl-C to them too, but it is the main process that ends them."""
+    for number in _STOP:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory taken so far, in bytes: of tensors on a CUDA device, of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

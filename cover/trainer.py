@@ -1,0 +1,355 @@
+"""Pretraining by vector contrastive learning: the life of a run, one method per stage, to be read top to bottom."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from cover import checkpoint, config
+from cover.config import Config
+from cover.data import BatchSampler, ImageSet, PretrainDataset, open_images
+from cover.data.manifest import find
+from cover.evaluate import Evaluation, device_of, measure
+from cover.log import RunLog
+from cover.losses import consistency_loss, epe, feature_variance, vector_loss
+from cover.model import COVER, build_model
+from cover.presets import preset_config
+from cover.process import Interrupted, StopSignals, ignore_signals, peak_memory
+from cover.rng import Draws
+from cover.views import ViewMaker, Views, fit_to_reach, reachable_fraction
+from cover_kernels import __version__
+
+# feature_variance is 1 for features spread evenly over all directions, 0 when all voxels have the same
+COLLAPSED = 0.05
+
+# settings that may differ when a run is resumed: none of them changes the weights or the records
+_FREE = {"workers", "device", "cache", "tensorboard", "log_every", "checkpoint_every", "keep"}
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient became NaN or infinite; the message names the step, the files and the way back."""
+
+
+def pretrain(
+    data: Any,
+    preset: str | None = None,
+    *,
+    out: str | PathLike,
+    resume: bool = False,
+    val: Any = None,
+    **settings: Any,
+) -> Path:
+    """Pretrain a backbone on unlabelled images (`cover pretrain DATA --preset P --out RUN key=value ...`).
+
+    Args:
+        data: a folder, an image, a list of images, or a CSV or JSON manifest; see `cover.data.open_images`.
+        preset: name of a preset (`cover presets` lists them); None: the defaults.
+        out: folder of the run: config.json, metrics.jsonl, log.txt, checkpoints/ and, at the end, backbone.pt.
+        resume: continue the run in `out` from its last checkpoint; start it where there is none.
+        val: held-out images; None: the "val" rows of a manifest, else a share `val_fraction` of the images.
+        **settings: single settings by name, over those of the preset; see `cover.config`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        FileExistsError: `out` holds a run already and `resume` is False. FileNotFoundError: no such data.
+        ValueError: a setting or the data cannot be used; the message names it. NonFiniteLoss: see there.
+        Interrupted: Ctrl-C or SIGTERM came; the run is saved and can be resumed.
+    """
+    return Trainer(run_config(Path(out), preset, resume, settings), data, out, val).run()
+
+
+def run_config(out: Path, preset: str | None, resume: bool, settings: dict[str, Any]) -> Config:
+    """The settings of a new run, or those of the run in `out`, which only harmless ones may change."""
+    started = out / "config.json"
+    wanted = config.replace(preset_config(preset or "default"), **settings)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"pretrain: {out} is a file; a run needs a folder")
+    if not started.exists():
+        # what a run leaves that was killed before it began
+        others = {path.name for path in out.glob("*")} - {"cache", "config.json.tmp"}
+        if others:
+            raise FileExistsError(f"pretrain: {out} holds other files ({sorted(others)[0]}); choose another folder")
+        return wanted
+    if not resume:
+        raise FileExistsError(f"pretrain: {out} holds a run; resume it (--resume) or choose another folder")
+    try:
+        stored = config.from_dict(json.loads(started.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"pretrain: {started} cannot be read: {error}") from error
+    wanted = config.flatten(wanted)
+    for name, value in config.flatten(stored).items():
+        asked = preset is not None or name in settings
+        if asked and name not in _FREE and wanted[name] != value:
+            raise ValueError(f"pretrain: the run in {out} has {name}={value!r}, it cannot go on with {wanted[name]!r}")
+    return config.replace(stored, **{name: wanted[name] for name in _FREE & set(settings)})
+
+
+def splits_of(data: Any) -> set[str]:
+    """The splits that a manifest names; empty for data of any other kind."""
+    return {source.split for source in find(data) if source.split}
+
+
+class Trainer:
+    """One run. A variant overrides the method that it does differently.
+
+    Args:
+        settings: all settings; see `run_config`.
+        data, out, val: see `pretrain`.
+    """
+
+    def __init__(self, settings: Config, data: Any, out: str | PathLike, val: Any = None):
+        self.config = settings
+        self.out = Path(out)
+        self.step = 0  # steps done
+        self.collapsed = False  # whether the features were at the last step
+        self.device = device_of(settings)
+        self.images, self.held_out = self.open_data(data, val)
+        torch.manual_seed(settings.train.seed)
+        self.model = self.build_model().to(self.device)
+        self.views = self.build_views()
+        self.optimiser = self.build_optimiser()
+        self.restore()
+
+    # Setting up
+
+    def open_data(self, data: Any, val: Any) -> tuple[ImageSet, ImageSet | None]:
+        """The images to train on and the held-out ones, None where there are none."""
+        c = self.config.data
+        cache = c.cache or self.out / "cache"
+        splits = splits_of(data)
+        images = open_images(data, c, "train" if splits else None, cache)
+        if val is not None:
+            return images, open_images(val, c, "val" if "val" in splits_of(val) else None, cache)
+        if "val" in splits:
+            return images, open_images(data, c, "val", cache)
+        images, held_out = images.split(c.val_fraction, self.config.train.seed)
+        return images, held_out if len(held_out) else None
+
+    def build_model(self) -> COVER:
+        return build_model(self.config)
+
+    def build_views(self) -> ViewMaker:
+        """The maker of view pairs, its displacements fitted to what the pyramid can express."""
+        dvf = fit_to_reach(self.config.dvf, self.config.data.crop, self.model.pyramid.reach)
+        return ViewMaker(dvf, self.config.appearance, self.config.data.crop)
+
+    def build_optimiser(self) -> torch.optim.Optimizer:
+        c, parameters = self.config.train, self.model.parameters()
+        if c.optimiser == "sgd":
+            return torch.optim.SGD(parameters, c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[c.optimiser]
+        return kind(parameters, c.lr, weight_decay=c.weight_decay)
+
+    # The run
+
+    def run(self) -> Path:
+        """Train to the last step; returns the folder of the run."""
+        self.begin()
+        with StopSignals() as stop, self.log:
+            self.announce()
+            begun = time.perf_counter()
+            for batch in self.batches():
+                waited = time.perf_counter() - begun
+                metrics = self.train_step(batch)
+                self.step += 1
+                self.report(metrics, waited, time.perf_counter() - begun)
+                last = self.step == self.config.train.steps
+                if last or self.is_due(self.config.train.val_every):
+                    self.validate()
+                if last or stop.received or self.is_due(self.config.train.checkpoint_every):
+                    self.save()
+                if stop.received and not last:
+                    self.log.message(f"stopped after step {self.step}; saved, to be resumed")
+                    raise Interrupted(stop.received, f"stopped after step {self.step}; continue with --resume")
+                begun = time.perf_counter()
+            self.finish()
+        return self.out
+
+    def begin(self) -> None:
+        """Make the folder of the run what it was at the last checkpoint, or a new one."""
+        with checkpoint.atomic(self.out / "config.json", "w") as file:
+            json.dump(config.to_dict(self.config), file, indent=2)
+        c = self.config.train
+        self.log = RunLog(self.out, self.step, c.steps, c.log_every, c.tensorboard)
+
+    def announce(self) -> None:
+        """Say what is trained on what."""
+        held_out = f"{len(self.held_out)} held out" if self.held_out else "none held out: no validation"
+        parameters = sum(p.numel() for p in self.model.parameters())
+        self.log.message(f"cover {__version__}, torch {torch.__version__}, {self.device}, run {self.out}")
+        self.log.message(f"{len(self.images)} images, {held_out}; network of {parameters / 1e6:.2f} M parameters")
+        dvf, reach = self.views.dvf.config, tuple(round(r, 1) for r in self.model.pyramid.reach)
+        fitted = f"reach of the pyramid {reach} voxels; rotation {dvf.rotation:.3g} degrees, scale {dvf.scale:.3g}"
+        self.log.message(
+            f"{fitted}, shear {dvf.shear:.3g}, translation {dvf.translation:.3g}, nonrigid {dvf.nonrigid:.3g}"
+        )
+        self.log.message(f"resumed after step {self.step}" if self.step else f"{self.config.train.steps} steps")
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """The batches of all steps still to do, each a pure function of the seed and the step."""
+        c = self.config
+        dataset = PretrainDataset(self.images, c.data, self.views.margin, c.train.seed)
+        sampler = BatchSampler(len(dataset), c.train.batch, c.train.seed, self.step, steps=c.train.steps)
+        return iter(
+            DataLoader(
+                dataset,
+                batch_sampler=sampler,
+                num_workers=c.data.workers,
+                pin_memory=self.device.type == "cuda",
+                worker_init_fn=ignore_signals,
+                generator=torch.Generator(),  # the global one is part of the checkpoint: leave it alone
+            )
+        )
+
+    def train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """One step of the optimiser; returns its metrics. NonFiniteLoss leaves the weights as they were."""
+        c = self.config.train
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        loss, metrics = self.loss(self.make_views(batch))
+        self.optimiser.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip or math.inf)
+        metrics = {"loss": loss, **metrics, "gradient_norm": norm}
+        # one transfer from the device for all of them
+        metrics = dict(zip(metrics, torch.stack([m.detach().float() for m in metrics.values()]).tolist(), strict=True))
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])):
+            self.fail(batch, metrics)
+        self.optimiser.step()
+        return metrics | {"lr": self.learning_rate(self.step)}
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: all the state of the schedule is the step."""
+        c = self.config.train
+        warmup = c.warmup * c.steps
+        if c.schedule == "constant":
+            return c.lr
+        if step < warmup:
+            return c.lr * (step + 1) / (warmup + 1)
+        return c.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (c.steps - warmup)))
+
+    def make_views(self, batch: dict[str, Tensor]) -> Views:
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        return self.views(batch, Draws(self.config.train.seed, batch["epoch"], batch["index"], self.device))
+
+    def loss(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
+        """L = L_vec + L_con with their factors, and the metrics of this batch, all scalars."""
+        c = self.config.train
+        a, b, flow, mask = views
+        prediction = self.model(a, b)
+        finest_a, finest_b = prediction.features_a[-1], prediction.features_b[-1]
+        vector = vector_loss(prediction.flow, flow, mask)
+        consistency = consistency_loss(finest_b, finest_a, flow, mask)
+        metrics = {
+            "vector_loss": vector,
+            "consistency_loss": consistency,
+            "epe": epe(prediction.flow.detach(), flow, mask).mean(),
+            "epe_zero": epe(torch.zeros_like(flow), flow, mask).mean(),
+            "feature_variance": feature_variance(finest_b),
+            "reachable_fraction": reachable_fraction(flow, mask, self.model.pyramid.reach),
+            "mask_fraction": mask.float().mean(),
+        }
+        return c.vector_weight * vector + c.consistency_weight * consistency, metrics
+
+    def report(self, metrics: dict[str, float], waited: float, elapsed: float) -> None:
+        """Record the metrics of the step that was just done, which took `elapsed` seconds."""
+        metrics = metrics | {
+            "samples_per_second": self.config.train.batch / elapsed,
+            "data_wait": waited / elapsed,  # share of the time of the step
+            "peak_memory_mb": peak_memory(self.device) / 2**20,
+        }
+        self.log.record("train", self.step, metrics)
+        self.log.progress(self.step, {name: metrics[name] for name in ("loss", "epe", "samples_per_second")})
+        collapsed = metrics["feature_variance"] < COLLAPSED
+        if collapsed and not self.collapsed:
+            self.log.message(
+                f"warning: the features collapse, their variance is {metrics['feature_variance']:.3g} at step "
+                f"{self.step}: all voxels look alike to the network. Is `vector_weight` 0, or `lr` too large?"
+            )
+        self.collapsed = collapsed
+
+    def is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def validate(self) -> Evaluation | None:
+        """Evaluate on the held-out images, always under the same transforms."""
+        if self.held_out is None:
+            return None
+        result = measure(self.model, self.held_out, self.views, self.config, self.config.train.val_samples)
+        self.log.record("val", self.step, result.as_record())
+        model, zero = result.model, result.zero
+        self.log.message(
+            f"validation after step {self.step}: EPE {model.epe_mean:.3f} voxels, predicting zero {zero.epe_mean:.3f}; "
+            f"{model.within_1:.1%} within 1 voxel, {model.within_3:.1%} within 3"
+        )
+        return result
+
+    def finish(self) -> None:
+        """Leave the backbone by itself, for fine-tuning."""
+        content = {"config": config.to_dict(self.config), "backbone": self.model.backbone.state_dict()}
+        checkpoint.save(self.out / "backbone.pt", content)
+        self.log.message(f"done: {self.out / 'backbone.pt'}, {checkpoint.find(self.out)}")
+
+    def fail(self, batch: dict[str, Tensor], metrics: dict[str, float]) -> None:
+        """Stop at a loss that is no number."""
+        checkpoints = checkpoint.all_of(self.out)
+        figures = ", ".join(
+            f"{name} {metrics[name]:g}" for name in ("vector_loss", "consistency_loss", "gradient_norm")
+        )
+        message = (
+            f"step {self.step + 1}: the loss is {metrics['loss']:g} ({figures}); the batch was "
+            f"{'; '.join(self.images.name(i) for i in batch['index'].tolist())}; the last good checkpoint is "
+            f"{checkpoints[-1] if checkpoints else 'none yet'}"
+        )
+        self.log.message(message)
+        raise NonFiniteLoss(message)
+
+    # Saving
+
+    def save(self) -> None:
+        """Write a checkpoint, from which the run goes on bit for bit."""
+        self.log.sync()
+        checkpoint.save(checkpoint.path_of(self.out, self.step), self.state())
+        checkpoint.prune(self.out, self.config.train.keep)
+
+    def state(self) -> dict[str, Any]:
+        """All that the run's future depends on. The schedule and the position in the data follow from the step."""
+        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        return {
+            "version": __version__,
+            "config": config.to_dict(self.config),
+            "step": self.step,
+            "images": self.fingerprint(),
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "generators": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        }
+
+    def restore(self) -> None:
+        """Go on from the last checkpoint, where there is one."""
+        checkpoints = checkpoint.all_of(self.out)
+        if not checkpoints:
+            return
+        state = checkpoint.load(checkpoints[-1])
+        if state["images"] != self.fingerprint():
+            raise ValueError(f"pretrain: these are not the images that the run in {self.out} was trained on")
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["generators"]["cpu"])
+        if self.device.type == "cuda" and state["generators"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["generators"]["cuda"])
+
+    def fingerprint(self) -> str:
+        """What the order of the data depends on: the names of the images."""
+        return hashlib.sha256("\n".join(map(self.images.name, range(len(self.images)))).encode()).hexdigest()
