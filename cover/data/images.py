@@ -105,7 +105,7 @@ class ImageSet:
         source, entry = self._files[file]
         try:
             return kind(self._cache, entry, volume)
-        except (OSError, ValueError):  # gone from the cache since the start: decode it again
+        except (OSError, ValueError, EOFError):  # gone from the cache since the start, or cut off: decode it again
             entry = examine(source.path, self._config, self._cache)
             if volume not in entry.volumes:
                 raise ImageError(dict(entry.problems).get(volume, "its volume is gone")) from None
@@ -127,10 +127,9 @@ def open_images(
         cache: folder for decoded volumes, unless `config.cache` names one; None: a temporary one, removed at exit.
 
     Raises:
-        DataError: nothing usable, a file is not (with `on_error="fail"`), no such split, a bad manifest, or settings
-            that contradict each other. FileNotFoundError: no such data. ImportError: a format needs an extra.
+        DataError: nothing usable, a file is not (with `on_error="fail"`), no such split, or a bad manifest.
+        FileNotFoundError: no such data. ImportError: a format needs an extra that is not installed.
     """
-    _check_settings(config)
     sources = find(data)
     if split is not None:
         found = splits(data)
@@ -151,7 +150,6 @@ def open_images(
 
 def check(data: str | os.PathLike | Sequence[str | os.PathLike], config: DataConfig) -> Report:
     """Look at every file of a data set and say what cannot be used, and why. Nothing is written."""
-    _check_settings(config)
     files = _examine_all(find(data), config, None)
     return _report(files, len(_items(files, config)), None)
 
@@ -207,35 +205,3 @@ def _temporary_cache() -> str:
 
     atexit.register(remove)
     return folder
-
-
-def _check_settings(config: DataConfig) -> None:
-    """Settings that no file could satisfy, named before any file is opened."""
-    d = len(config.crop)
-
-    def expect(holds: bool, name: str, expected: str) -> None:
-        if not holds:
-            raise DataError(f"settings: `{name}` must be {expected}, got {getattr(config, name)!r}")
-
-    def positive(sizes: tuple, count: int) -> bool:
-        return len(sizes) == count and all(size > 0 for size in sizes)
-
-    expect(d in (2, 3) and positive(config.crop, d), "crop", "two or three positive numbers of voxels")
-    expect(config.in_channels >= 1, "in_channels", "at least 1")
-    expect(config.resize is None or (d == 2 and positive(config.resize, 2)), "resize", "(H, W), for 2D crops only")
-    expect(config.slice_axis in (None, 0, 1, 2), "slice_axis", "0, 1, 2 or None")
-    expect(config.slice_axis is None or d == 2, "slice_axis", "None for 3D crops")
-    resampled = config.spacing is not None
-    expect(not resampled or from_volumes(config), "spacing", "None for 2D images (it is for volumes)")
-    expect(not resampled or positive(config.spacing, 3), "spacing", "three positive numbers of mm")
-    volumes = config.volumes
-    index = isinstance(volumes, int) and volumes >= 0
-    expect(index or volumes in ("all", "channels"), "volumes", '"all", "channels" or an index from 0')
-    expect(config.normalise in ("percentile", "zscore", "hounsfield"), "normalise", "percentile, zscore or hounsfield")
-    low, high = config.percentiles
-    expect(0 <= low < high <= 100, "percentiles", "two rising numbers from 0 to 100")
-    low, high = config.hounsfield
-    expect(low < high, "hounsfield", "two rising numbers of HU")
-    expect(0 <= config.foreground <= 1, "foreground", "a share from 0 to 1")
-    expect(config.max_voxels > 0, "max_voxels", "positive")
-    expect(config.on_error in ("skip", "fail"), "on_error", '"skip" or "fail"')

@@ -20,7 +20,10 @@ def decode_picture(data: bytes, max_voxels: int) -> np.ndarray:
         import cv2
     except ImportError as error:
         raise ImportError("PNG, JPEG and TIFF need opencv: pip install 'cover-vcl[images]'") from error
-    height, width = _shape_in_header(data)
+    try:
+        height, width = _shape_in_header(data)
+    except (struct.error, IndexError, KeyError) as error:
+        raise ImageError("is cut off or damaged: its header makes no sense") from error
     check_shape((height, width), max_voxels)
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)
     if pixels is None:

@@ -1,5 +1,6 @@
 """One file to arrays: its format, which of its volumes, axis order, voxel size; not yet channels and intensities."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from cover.data.report import ImageError
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 NIFTI = (".nii", ".nii.gz")
 SUFFIXES = (*PICTURES, *NIFTI, ".npy")
+_DEFLATE = 1032  # no gzip stream holds more than this many times its size
 _MILLIMETRES = {"meter": 1e3, "micron": 1e-3}
 
 
@@ -57,7 +59,8 @@ def read(path: Path, config: DataConfig) -> Decoded:
     except (ImageError, ImportError):
         raise
     except Exception as error:  # decoders raise whatever a damaged file makes them trip over
-        raise ImageError(f"cannot be read: {type(error).__name__}: {error}") from error
+        message = " ".join(str(error).split())
+        raise ImageError(f"cannot be read: {type(error).__name__}: {message}") from error
     _check_dimensions(decoded.array.shape[2:], config)
     return decoded
 
@@ -74,6 +77,14 @@ def _read_nifti(path: Path, config: DataConfig) -> Decoded:
         image = image.slicer[:, :, :, config.volumes : config.volumes + 1]
     check_shape(image.shape, config.max_voxels)
     dtype = _check_real(image.get_data_dtype())
+    # memory is set aside by what the header claims, so that the claim must be possible
+    most = path.stat().st_size * (_DEFLATE if path.name.lower().endswith(".gz") else 1)
+    if math.prod(image.shape) * dtype.itemsize > most:
+        raise ImageError(
+            f"is cut off: its header claims shape {image.shape} of {dtype}, the file is too short for that"
+        )
+    if not np.isfinite(image.affine).all() or np.linalg.det(image.affine[:3, :3]) == 0:
+        raise ImageError("its affine is singular: neither axis order nor voxel size are known")
     if dtype.names:  # RGB
         pixels = np.asanyarray(image.dataobj)
         array = np.stack([pixels[channel] for channel in dtype.names], axis=-1)
