@@ -1,10 +1,11 @@
 """Decoded volumes on disk, memory-mapped, and what is known of every file, so that nothing is decoded twice.
 
 A file's key is a hash of its path, modification time, size and of all settings that shape its content: an entry of a
-changed file or of other settings is simply never asked for. Volumes are `.npy` files written under a temporary name,
-flushed and renamed; then one line is appended to `index.jsonl`. Only what the index lists, with files of the size it
-says, is trusted: a writer killed at any moment leaves nothing that counts. Several processes may share the folder;
-at worst they decode the same file twice and rename identical files over each other.
+changed file or of other settings is simply never asked for. Volumes are files of numpy's `.npy` format (under another
+suffix: a cache inside the data folder must not be taken for data), written under a temporary name, flushed and renamed;
+then one line is appended to `index.jsonl`. Only what the index lists, with files of the size it says, is trusted: a
+writer killed at any moment leaves nothing that counts. Several processes may share the folder; at worst they decode the
+same file twice and rename identical files over each other.
 """
 
 import dataclasses
@@ -101,7 +102,7 @@ class Cache:
         self._entries[entry.key] = entry
 
     def write(self, name: str, array: np.ndarray) -> int:
-        """Write a `.npy` file; returns its size in bytes. OSError where the disk is full."""
+        """Write an array; returns its size in bytes. OSError where the disk is full."""
         temporary = self.folder / f"{name}.{uuid.uuid4().hex}.tmp"
         try:
             with temporary.open("wb") as file:
@@ -172,11 +173,11 @@ def _key(path: Path, config: DataConfig) -> str:
 
 
 def _volume_name(key: str, volume: int) -> str:
-    return f"{key}-{volume}.npy"
+    return f"{key}-{volume}.volume"
 
 
 def _foreground_name(key: str, volume: int) -> str:
-    return f"{key}-{volume}.foreground.npy"
+    return f"{key}-{volume}.foreground"
 
 
 @functools.lru_cache(maxsize=256)

@@ -105,6 +105,8 @@ def _read_nifti(path: Path, config: DataConfig) -> Decoded:
 
 
 def _read_npy(path: Path, config: DataConfig) -> Decoded:
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)  # np.load would take any other file for a pickle
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     check_shape(array.shape, config.max_voxels)
     if _check_real(array.dtype).names:
