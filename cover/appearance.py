@@ -50,17 +50,9 @@ class Appearance:
 
     Each change happens to a sample with probability `appearance` and with an amount drawn from its range. All channels
     of a sample change alike, contrast and gamma about the mean and the range of each channel.
-
-    Raises:
-        ValueError: a range is impossible; the message names it.
     """
 
     def __init__(self, config: AppearanceConfig):
-        limits = {"appearance": 1.0, "contrast": 1.0, "inpaint": 1.0}
-        for name in ("appearance", "noise", "blur", "contrast", "brightness", "gamma", "inpaint", "patches"):
-            value, limit = getattr(config, name), limits.get(name, math.inf)
-            if not 0 <= value <= limit:
-                raise ValueError(f"config: `{name}` must be at least 0 and at most {limit:g}, got {value!r}")
         self.config = config
 
     @torch.no_grad()

@@ -24,19 +24,6 @@ from cover.config import DVFConfig
 from cover.rng import Draws
 
 
-def _check(config: DVFConfig, d: int) -> None:
-    # H stays invertible while the shears of a row add up to less than one, D while its factors are positive
-    limits = {"rotation": 180.0, "scale": 1.0, "shear": 1.0 / (d - 1), "translation": math.inf, "nonrigid": math.inf}
-    for name, limit in limits.items():
-        value = getattr(config, name)
-        if not 0 <= value <= limit or (value == limit and name in ("scale", "shear")):
-            raise ValueError(f"config: `{name}` must be at least 0 and at most {limit:g}, got {value!r}")
-    if not config.control_spacing > 0:
-        raise ValueError(f"config: `control_spacing` must be positive, got {config.control_spacing!r}")
-    if not 0 <= config.flip <= 1:
-        raise ValueError(f"config: `flip` must be a probability, from 0 to 1, got {config.flip!r}")
-
-
 def _spline_weights(x: Tensor) -> Tensor:
     """The four cubic B-spline weights at the fraction `x` [n] of a knot interval, [4, n]."""
     return torch.stack([(1 - x) ** 3, 3 * x**3 - 6 * x**2 + 4, -3 * x**3 + 3 * x**2 + 3 * x + 1, x**3]) / 6
@@ -50,13 +37,16 @@ class RandomDVF:
         crop: S, spatial shape of a view, (H, W) or (D, H, W), in voxels.
 
     Raises:
-        ValueError: a range is impossible, or `crop` has not 2 or 3 axes.
+        ValueError: `crop` has not 2 or 3 axes, or `shear` is too large to be inverted.
     """
 
     def __init__(self, config: DVFConfig, crop: tuple[int, ...]):
         if len(crop) not in (2, 3) or any(size < 1 for size in crop):
             raise ValueError(f"RandomDVF: `crop` must be 2 or 3 positive sizes, got {crop!r}")
-        _check(config, len(crop))
+        # beyond it the shears of one axis may add up to a matrix without inverse
+        limit = 1 / (len(crop) - 1)
+        if config.shear >= limit:
+            raise ValueError(f"RandomDVF: `shear` must be below {limit:g} in {len(crop)}D, got {config.shear}")
         self.config = config
         self.crop = tuple(crop)
 
@@ -77,8 +67,9 @@ class RandomDVF:
             others = math.hypot(*half[:i], *half[i + 1 :])
             angle = min(math.radians(c.rotation), math.atan2(others, h))
             reached = math.cos(angle) * h + math.sin(angle) * others + c.translation * size
+            excess = reached - (size - 1) / 2
             # T is rounded to float32: without the last term the bound would hold for real numbers only
-            margin.append(max(0, math.ceil(reached - (size - 1) / 2 + 1e-5 * size)))
+            margin.append(math.ceil(excess + 1e-5 * size) if excess > 0 else 0)
         return tuple(margin)
 
     def _rotation(self, draws: Draws) -> Tensor:

@@ -39,14 +39,11 @@ def sample(x: Tensor, position: Tensor) -> Tensor:
         fractions.append((at - low).unsqueeze(1))
         flat = flat * n + low.long()
         steps = [step * n for step in steps] + [1 if n > 1 else 0]
-    flat = flat.unsqueeze(1).flatten(2).expand(-1, x.shape[1], -1)
-    x = x.flatten(2)
-    corners = [
-        x.gather(2, flat + sum(bit * step for bit, step in zip(bits, steps, strict=True))).unflatten(
-            2, position.shape[2:]
-        )
-        for bits in product((0, 1), repeat=len(size))
-    ]
+    flat, voxels = flat.flatten(1).unsqueeze(1), x.flatten(2)
+    corners = []
+    for corner in product((0, 1), repeat=len(size)):
+        index = flat + sum(bit * step for bit, step in zip(corner, steps, strict=True))
+        corners.append(voxels.gather(2, index.expand(-1, x.shape[1], -1)).unflatten(2, position.shape[2:]))
     # lerp is exact at weights 0 and 1
     for fraction in reversed(fractions):
         corners = [
@@ -77,12 +74,10 @@ class ViewMaker:
         crop: S, spatial shape of a view, voxels.
 
     Raises:
-        ValueError: a setting is impossible; the message names it.
+        ValueError: see `RandomDVF`.
     """
 
     def __init__(self, dvf: DVFConfig, appearance: AppearanceConfig, crop: tuple[int, ...]):
-        if appearance.views not in ("a", "b", "both", "none"):
-            raise ValueError(f'config: `views` must be "a", "b", "both" or "none", got {appearance.views!r}')
         self.dvf = RandomDVF(dvf, crop)
         self.appearance = Appearance(appearance)
         self._changed = {"both": "ab", "none": ""}.get(appearance.views, appearance.views)
@@ -103,7 +98,7 @@ class ViewMaker:
             draws: the random numbers of these B samples, on the device of the batch.
 
         Raises:
-            ValueError: the patch has not the size of the crop with its margin.
+            ValueError: the patch has not the size of the crop with its margin, or `draws` not the batch's.
         """
         image, extent = batch["image"], batch["extent"]
         expected = tuple(size + 2 * m for size, m in zip(self.crop, self.margin, strict=True))
@@ -113,6 +108,10 @@ class ViewMaker:
                 f"each side, got {list(image.shape)}"
             )
         flow = self.dvf(draws)
+        if len(flow) != len(image):
+            raise ValueError(
+                f"ViewMaker: `draws` must be those of the {len(image)} samples of `image`, got {len(flow)}"
+            )
         axes = [torch.arange(size, dtype=flow.dtype, device=flow.device) for size in self.crop]
         margin = torch.tensor([self.margin], dtype=flow.dtype, device=flow.device)
         position = _add_identity(flow, axes)
@@ -163,8 +162,6 @@ def fit_to_reach(dvf: DVFConfig, crop: tuple[int, ...], reach: tuple[float, ...]
     target = dvf.fit_to_reach
     if target is None:
         return dvf
-    if not 0 < target < 1:
-        raise ValueError(f"config: `fit_to_reach` must be between 0 and 1, or None, got {target!r}")
     index = torch.arange(_FIT_SAMPLES)
     draws = Draws(0, torch.zeros_like(index), index)
     # the centres of equal cells: every voxel of the crop is represented alike

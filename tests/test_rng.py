@@ -95,7 +95,7 @@ def test_neighbouring_samples_are_independent_in_their_first_number():
 
 def test_wrong_arguments_are_named():
     good = torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(TypeError, match="`epoch` must be int64, got torch.int32"):
+    with pytest.raises(TypeError, match=r"`epoch` must be int64, got torch\.int32"):
         Draws(0, good.int(), good)
     with pytest.raises(ValueError, match=r"`epoch` must be \[B\] like `index` \[2\], got \[3\]"):
         Draws(0, torch.zeros(3, dtype=torch.int64), good)
