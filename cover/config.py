@@ -163,7 +163,8 @@ class ModelConfig:
     window: int | tuple[int, ...] = 7  # N, odd, in voxels of each level; or one per axis
     heads: tuple[int, ...] = (4, 4, 4, 1, 1)  # J per pyramid level, coarse to fine; shorter: only the finest levels
     group_channels: int = 8  # C, channels of one vector group
-    mask_outside: bool = False  # leave keys sampled from outside view a out of the softmax
+    norm: str = "unit"  # of the projected features: "unit" (length of each group at each voxel) or "group" (GroupNorm)
+    mask_outside: bool = False  # leave keys sampled from outside view a, its padding, out of the softmax
 
     def __post_init__(self):
         window = (self.window,) if isinstance(self.window, int) else self.window

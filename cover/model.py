@@ -102,5 +102,6 @@ def build_model(config: Config) -> COVER:
         model.heads,
         model.group_channels,
         model.mask_outside,
+        model.norm,
     )
     return COVER(backbone, pyramid)

@@ -10,22 +10,27 @@ from cover.unet import CONV
 from cover_kernels import compose, veu, warp
 from cover_kernels.checks import per_axis
 
+# VEU's score for two equal groups at the start. A softmax over the window that starts near uniform reads the window's
+# mean position, not the match: 25 learned fastest of 3 to 45, twice as fast as GroupNorm(1) (docs/model.md)
+_SHARPNESS = 25.0
+
 
 class UnitNorm(nn.Module):
-    """Gives every group of channels the same root mean square at every voxel: [B, J*C, *S] to the same shape.
+    """Gives every group of channels the same length at every voxel: [B, J*C, *S] to the same shape.
 
-    That root mean square is learned, one per group: it sets how sharp the softmax over the window can be.
+    The length is learned, one per group: it sets how sharp the softmax over the window can be.
     """
 
-    def __init__(self, groups: int, gain: float):
+    def __init__(self, heads: int, group_channels: int):
         super().__init__()
-        self.gain = nn.Parameter(torch.full((groups,), gain))
+        # a score is the squared length over tau = sqrt(C)
+        self.length = nn.Parameter(torch.full((heads,), (_SHARPNESS * group_channels**0.5) ** 0.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.unflatten(1, (len(self.gain), -1))
-        # eps also bounds the gradient where zeros were sampled from outside the image
-        length = (x.square().mean(2, keepdim=True) + 1e-4).rsqrt()
-        return (x * length * self.gain.view(-1, 1, *[1] * (x.dim() - 3))).flatten(1, 2)
+        x = x.unflatten(1, (len(self.length), -1))
+        # the sum bounds the gradient where a group is near zero
+        inverse = (x.square().sum(2, keepdim=True) + 1e-3).rsqrt()
+        return (x * (inverse * self.length.view(-1, 1, *[1] * (x.dim() - 3)))).flatten(1, 2)
 
 
 class MoV(nn.Module):
@@ -40,7 +45,10 @@ class MoV(nn.Module):
         window: N, odd, in voxels of the level; or one per axis.
         heads: J, the number of vector groups.
         group_channels: C, the channels of one group.
-        norm: "unit" (`UnitNorm`) or "group" (`GroupNorm(1, J*C)`, statistics of the whole image).
+        norm: "unit" (`UnitNorm`, every voxel by itself) or "group" (`GroupNorm(1, J*C)`, over the whole image).
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
     """
 
     def __init__(
@@ -51,7 +59,6 @@ class MoV(nn.Module):
         heads: int,
         group_channels: int,
         norm: str = "unit",
-        gain: float = 1.0,
     ):
         super().__init__()
         if norm not in ("unit", "group"):
@@ -61,9 +68,7 @@ class MoV(nn.Module):
         self.heads = heads
         self.project = CONV[d](in_channels, channels, 1, bias=False)
         self.bias = nn.Parameter(torch.zeros(channels, *[1] * d))
-        self.norm = UnitNorm(heads, gain) if norm == "unit" else nn.GroupNorm(1, channels)
-        if norm == "group":
-            nn.init.constant_(self.norm.weight, gain)
+        self.norm = UnitNorm(heads, group_channels) if norm == "unit" else nn.GroupNorm(1, channels)
 
     def forward(self, b: Tensor, a: Tensor, mask: Tensor | None = None) -> Tensor:
         """Displacement from view b to view a at every voxel.
@@ -102,7 +107,8 @@ class VectorPyramid(nn.Module):
         window: N, odd, in voxels of each level; an int or one per axis.
         heads: J of each level, coarse to fine. Shorter than `channels`: only the finest levels form the pyramid.
         group_channels: C, the channels of one vector group.
-        mask_outside: leave keys that were sampled from outside view a out of the softmax.
+        mask_outside: leave keys that were sampled from the padding of view a out of the softmax. Without padding it
+            changes nothing: p + flow(p) is a mean of positions inside view a, so no key comes from outside it.
         norm: see `MoV`.
 
     Attributes:
@@ -122,7 +128,6 @@ class VectorPyramid(nn.Module):
         group_channels: int = 8,
         mask_outside: bool = False,
         norm: str = "unit",
-        gain: float = 1.0,
     ):
         super().__init__()
         if len(strides) != len(channels):
@@ -139,8 +144,7 @@ class VectorPyramid(nn.Module):
         d = len(self.strides[0])
         self.mask_outside = mask_outside
         self.levels = nn.ModuleList(
-            MoV(d, c, window, j, group_channels, norm, gain)
-            for c, j in zip(channels[-len(heads) :], heads, strict=True)
+            MoV(d, c, window, j, group_channels, norm) for c, j in zip(channels[-len(heads) :], heads, strict=True)
         )
         total = [sum(axis) for axis in zip(*self.strides, strict=True)]
         self.reach = tuple(float(n // 2 * s) for n, s in zip(self.levels[0].window, total, strict=True))
@@ -161,10 +165,10 @@ class VectorPyramid(nn.Module):
         flows = []
         finest = slice(-len(self.levels), None)
         for i, (mov, b, a) in enumerate(zip(self.levels, features_b[finest], features_a[finest], strict=True)):
-            S = b.shape[2:]
+            S = tuple(b.shape[2:])
             real = S if size is None else real_size(size, self.strides[i])
             mask = None
-            if self.mask_outside or real != S:
+            if real != S:
                 mask = torch.zeros((len(a), 1, *S), dtype=torch.bool, device=a.device)
                 mask[(..., *map(slice, real))] = True
             b, a = mov.project(b), mov.project(a)
@@ -172,7 +176,7 @@ class VectorPyramid(nn.Module):
                 flow = mov(b, a, mask)
             else:
                 stride = tuple(c // f for c, f in zip(self.strides[i - 1], self.strides[i], strict=True))
-                if self.mask_outside:
+                if self.mask_outside and mask is not None:
                     # a key counts when at least half of what it is interpolated from is image
                     mask = mask & (warp(mask.to(a.dtype), flows[-1].detach(), stride) >= 0.5)
                 flow = compose(flows[-1], mov(b, warp(a, flows[-1], stride), mask), stride)
