@@ -87,7 +87,8 @@ def _corners(position, S, border):
     size = torch.tensor(S, device=position.device).view(1, -1, 1)
     low, high = (0, size - 1) if border else (-1, size)
     clamped = position.clamp(torch.as_tensor(low, device=size.device), high)
-    moves = position == clamped
+    # a clamped position does not move; at the far border itself, clamping begins
+    moves = (position == clamped) & (position < high) if border else position == clamped
     base = clamped.nan_to_num(0).floor()
     fraction = clamped - base
     for corner in product((0, 1), repeat=len(S)):
@@ -116,11 +117,12 @@ def _gather(x, flat):
 
 def _sample(x, position, border):
     """x [B, C, *S] at `position` [B, d, *P], linear interpolation: [B, C, *P]."""
-    y = 0
+    y = -0.0
     for flat, weight, _ in _corners(position, x.shape[2:], border):
         weight = weight.unsqueeze(1)
-        # a corner of weight 0 contributes nothing, whatever its value: the identity holds beside infinities too
-        y = y + torch.where(weight == 0, 0, weight * _gather(x, flat))
+        # a corner of weight 0 contributes nothing, whatever its value, and -0.0 is what changes no sum:
+        # the identity holds to the bit beside infinities and for negative zeros too
+        y = y + torch.where(weight == 0, -0.0, weight * _gather(x, flat))
     return y.unflatten(2, position.shape[2:])
 
 
