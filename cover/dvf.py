@@ -67,9 +67,7 @@ class RandomDVF:
             others = math.hypot(*half[:i], *half[i + 1 :])
             angle = min(math.radians(c.rotation), math.atan2(others, h))
             reached = math.cos(angle) * h + math.sin(angle) * others + c.translation * size
-            excess = reached - (size - 1) / 2
-            # T is rounded to float32: without the last term the bound would hold for real numbers only
-            margin.append(math.ceil(excess + 1e-5 * size) if excess > 0 else 0)
+            margin.append(max(0, math.ceil(reached - (size - 1) / 2)))
         return tuple(margin)
 
     def _rotation(self, draws: Draws) -> Tensor:
