@@ -86,14 +86,20 @@ def test_what_is_not_whole_is_not_trusted(volumes, tmp_path, decoded):
     files = sorted((tmp_path / "cache").glob("*.volume"))
     files[0].write_bytes(files[0].read_bytes()[:-100])
     files[1].unlink()
-    index = tmp_path / "cache/index.jsonl"
-    index.write_bytes(index.read_bytes() + b'\n{"key": "abc", "vol')  # its writer was killed
     decoded.clear()
     np.testing.assert_array_equal(contents(open_images(volumes, CONFIG, cache=tmp_path / "cache")), truth)
     assert len(decoded) == 2
+
+
+def test_an_index_whose_writer_was_killed(volumes, tmp_path, decoded):
+    open_images(volumes, CONFIG, cache=tmp_path / "cache")
+    index = tmp_path / "cache/index.jsonl"
+    index.write_bytes(index.read_bytes().strip().splitlines()[0][:-20])
     decoded.clear()
-    np.testing.assert_array_equal(contents(open_images(volumes, CONFIG, cache=tmp_path / "cache")), truth)
-    assert not decoded  # the line that follows a broken one counts
+    open_images(volumes, CONFIG, cache=tmp_path / "cache")
+    assert len(decoded) == 3
+    open_images(volumes, CONFIG, cache=tmp_path / "cache")
+    assert len(decoded) == 3  # the line that follows the broken one counts
 
 
 def test_problems_are_looked_at_again(volumes, tmp_path, decoded):
