@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 import cover.data.cache
 from cover.config import DataConfig
 from cover.data import BatchSampler, DataError, PretrainDataset, open_images, splits
+from cover.data.cache import Cache, Entry
 from cover.data.dataset import cut
 from cover.data.manifest import find
 
@@ -265,6 +266,8 @@ def test_workers_change_nothing(folder, tmp_path, method, workers):
 
 
 def test_an_image_set_is_small_to_send(folder, tmp_path):
+    for k in range(300):  # what other data sets left in the index stays here
+        Cache(tmp_path / "cache").put(Entry(key=str(k)))
     images = open_images(folder, VOLUME, cache=tmp_path / "cache")
     sent = pickle.loads(pickle.dumps(images))
     assert len(pickle.dumps(images)) < 10_000

@@ -50,8 +50,8 @@ class PretrainDataset(Dataset):
         """
         epoch, index = torch.tensor(key, dtype=torch.int64)
         draws = Draws(self.seed, epoch[None], index[None])
-        others = (draws.uniform("data.replacement", _REPLACEMENTS)[0] * len(self)).long().tolist()
-        for i in (int(index), *others):
+        for attempt in range(1 + _REPLACEMENTS):
+            i = int(index) if attempt == 0 else int(draws.uniform(f"data.replacement.{attempt}") * len(self))
             try:
                 image, extent = self._crop(i, draws)
             except ImageError as error:
