@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise FileNotFoundError(f"checkpoint: there is no file {path}")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"checkpoint: {path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged file fails in any way: OSError, KeyError, IndexError, ...
+        raise ValueError(f"checkpoint: {path} is damaged or no checkpoint ({type(error).__name__})") from error
     if not isinstance(content, dict) or "config" not in content:
         raise ValueError(f"checkpoint: {path} was not written by a run of cover")
     return content

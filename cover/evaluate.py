@@ -72,7 +72,7 @@ class ErrorHistogram:
 
     def add(self, errors: Tensor) -> None:
         """Errors in voxels, float [n]."""
-        bins = (errors / _BIN).long().clamp(max=_BINS - 1)
+        bins = (errors / _BIN).nan_to_num(nan=_BINS).clamp(max=_BINS - 1).long()  # NaN is beyond every limit
         self.counts += torch.bincount(bins, minlength=_BINS).cpu()
         self.total += errors.sum(dtype=torch.float64).item()
         for limit in self.within:

@@ -25,7 +25,7 @@ from cover.presets import preset_config
 from cover.process import Interrupted, StopSignals, ignore_signals, peak_memory
 from cover.rng import Draws
 from cover.views import ViewMaker, Views, fit_to_reach, reachable_fraction
-from cover_kernels import __version__
+from cover_kernels import __version__, backend_info
 
 # feature_variance is 1 for features spread evenly over all directions, 0 when all voxels have the same
 COLLAPSED = 0.05
@@ -186,7 +186,9 @@ class Trainer:
         """Say what is trained on what."""
         held_out = f"{len(self.held_out)} held out" if self.held_out else "none held out: no validation"
         parameters = sum(p.numel() for p in self.model.parameters())
-        self.log.message(f"cover {__version__}, torch {torch.__version__}, {self.device}, run {self.out}")
+        kernels = backend_info()[self.device.type]["backend"]
+        versions = f"cover {__version__} with {kernels} kernels, torch {torch.__version__}"
+        self.log.message(f"{versions}, {self.device}, {torch.get_num_threads()} threads, run {self.out}")
         self.log.message(f"{len(self.images)} images, {held_out}; network of {parameters / 1e6:.2f} M parameters")
         dvf, reach = self.views.dvf.config, tuple(round(r, 1) for r in self.model.pyramid.reach)
         fitted = f"reach of the pyramid {reach} voxels; rotation {dvf.rotation:.3g} degrees, scale {dvf.scale:.3g}"

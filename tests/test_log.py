@@ -1,0 +1,84 @@
+"""What a run tells: nothing doubled or lost in the metrics, a bar on terminals only."""
+
+import io
+import json
+
+import pytest
+
+from cover import log
+from cover.log import RunLog
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def write(out, first, last, stream=None, **options):
+    with RunLog(out, first, 10, 2, stream=stream or io.StringIO(), **options) as run:
+        for step in range(first + 1, last + 1):
+            run.record("train", step, {"loss": 1.0 / step})
+            run.progress(step, {"loss": 1.0 / step})
+            if step % 3 == 0:
+                run.record("val", step, {"epe_mean": 2.0})
+
+
+def test_records_beyond_the_checkpoint_are_dropped_when_a_run_resumes(tmp_path):
+    write(tmp_path, 0, 7)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')  # killed while writing
+    write(tmp_path, 5, 10)
+    assert [record["step"] for record in log.read(tmp_path, "train")] == list(range(1, 11))
+    assert [record["step"] for record in log.read(tmp_path, "val")] == [3, 6, 9]
+
+
+def test_a_record_cut_at_any_byte_is_dropped_and_the_ones_before_it_stay(tmp_path):
+    write(tmp_path, 0, 4)
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for size in range(len(whole) + 1):
+        (tmp_path / "metrics.jsonl").write_bytes(whole[:size])
+        log.truncate(tmp_path / "metrics.jsonl", 10)
+        left = (tmp_path / "metrics.jsonl").read_bytes()
+        assert left == b"".join(line for i, line in enumerate(lines) if len(b"".join(lines[: i + 1])) <= size)
+
+
+def test_nan_and_infinity_are_written_as_json_knows_it(tmp_path):
+    with RunLog(tmp_path, 0, 1, 1, stream=io.StringIO()) as run:
+        run.record("train", 1, {"epe": float("nan"), "loss": float("inf")})
+    record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert record["epe"] is None and record["loss"] is None
+
+
+def test_plain_lines_in_a_file_and_a_bar_on_a_terminal(tmp_path):
+    plain, terminal = io.StringIO(), Terminal()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    write(tmp_path / "a", 0, 10, plain)
+    write(tmp_path / "b", 0, 10, terminal)
+    assert [line.split()[1] for line in plain.getvalue().splitlines()] == ["2/10", "4/10", "6/10", "8/10", "10/10"]
+    assert "\r" not in plain.getvalue()
+    assert terminal.getvalue().count("\r") == 10
+    assert "[############............] step 5/10" in terminal.getvalue()
+    # the log file is the same
+    texts = [(tmp_path / name / "log.txt").read_text().splitlines() for name in "ab"]
+    assert len(texts[0]) == len(texts[1]) == 5
+
+
+def test_tensorboard_is_written_when_asked_for(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    write(tmp_path, 0, 4, tensorboard=True)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, round(event.value, 4)) for event in events.Scalars("train/loss")] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 0.3333),
+        (4, 0.25),
+    ]
+    assert [event.step for event in events.Scalars("val/epe_mean")] == [3]
+
+
+def test_tensorboard_names_its_extra_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install 'cover-vcl\[tensorboard\]'"):
+        RunLog(tmp_path, 0, 1, 1, tensorboard=True)

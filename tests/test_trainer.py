@@ -1,0 +1,254 @@
+"""A run: what it writes, how it stops and goes on, and that nothing but its settings and data decide its weights."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from tiny import SETTINGS, train, volumes
+
+from cover import checkpoint, load_backbone, log, pretrain
+from cover.config import Config, replace
+from cover.process import Interrupted, StopSignals
+from cover.trainer import NonFiniteLoss, Trainer
+
+
+@pytest.fixture
+def data(tmp_path):
+    return volumes(tmp_path / "data")
+
+
+def weights(run):
+    return checkpoint.load(checkpoint.find(run))["model"]
+
+
+def assert_same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def steps(run, kind="train"):
+    return [record["step"] for record in log.read(run, kind)]
+
+
+# What a run does
+
+
+def test_a_run_leaves_what_it_promises(data, tmp_path):
+    run = pretrain(data, out=tmp_path / "run", **SETTINGS, val_fraction=0.4)
+    assert {path.name for path in run.iterdir()} >= {"config.json", "metrics.jsonl", "log.txt", "backbone.pt"}
+    assert [path.name for path in checkpoint.all_of(run)] == ["step_00000004.pt", "step_00000006.pt"]
+    assert steps(run) == [1, 2, 3, 4, 5, 6]
+    assert steps(run, "val") == [6]
+    for record in log.read(run, "train"):
+        assert record["loss"] == pytest.approx(record["vector_loss"] + record["consistency_loss"], rel=1e-5)
+        assert 0 <= record["data_wait"] <= 1
+        assert record["reachable_fraction"] > 0.8
+        assert record["samples_per_second"] > 0
+        assert record["peak_memory_mb"] > 10
+    assert "1 held out" in (run / "log.txt").read_text()
+    json.loads((run / "config.json").read_text())
+
+
+def test_it_learns(tmp_path):
+    settings = SETTINGS | dict(crop=(24, 24), window=5, batch=4, lr=1e-2, steps=60, val_fraction=0.0)
+    shifts = dict(translation=0.12, rotation=0.0, scale=0.0, shear=0.0, nonrigid=0.0, appearance=0.0)
+    run = pretrain(volumes(tmp_path / "data", shape=(48, 48)), out=tmp_path / "run", **settings, **shifts)
+    last = log.read(run, "train")[-20:]
+    # the EPE of a step varies with its transforms, its ratio to predicting zero hardly; 0.44 was seen
+    assert sum(r["epe"] for r in last) < 0.6 * sum(r["epe_zero"] for r in last)
+
+
+def test_equal_runs_are_equal_and_neither_workers_nor_validation_change_them(data, tmp_path):
+    plain = pretrain(data, out=tmp_path / "plain", **SETTINGS, val_fraction=0.4)
+    other = SETTINGS | dict(val_every=1, workers=2, checkpoint_every=1)
+    assert_same(weights(pretrain(data, out=tmp_path / "other", **other, val_fraction=0.4)), weights(plain))
+    third = pretrain(data, out=tmp_path / "third", **SETTINGS, val_fraction=0.4, seed=1)
+    assert any((a != b).any() for a, b in zip(weights(third).values(), weights(plain).values(), strict=True))
+
+
+def test_a_manifest_says_what_is_held_out(data, tmp_path):
+    rows = ["image,split", "volume0.npy,train", "volume1.npy,val", "volume2.npy,test"]
+    (data / "manifest.csv").write_text("\n".join(rows))
+    trainer = Trainer(replace(Config(), **SETTINGS), data / "manifest.csv", tmp_path / "run")
+    assert [trainer.images.name(i) for i in range(len(trainer.images))] == ["volume0.npy"]
+    assert [trainer.held_out.name(i) for i in range(len(trainer.held_out))] == ["volume1.npy"]
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "adamw", "sgd"])
+def test_every_optimiser_moves_the_weights_and_resumes(data, tmp_path, optimiser):
+    whole = pretrain(data, out=tmp_path / "whole", **SETTINGS, optimiser=optimiser)
+    part = Stopping(replace(Config(), **SETTINGS, optimiser=optimiser), data, tmp_path / "part")
+    with pytest.raises(Interrupted):
+        part.run()
+    assert_same(weights(pretrain(data, out=tmp_path / "part", resume=True)), weights(whole))
+
+
+def test_the_schedule(data, tmp_path):
+    trainer = Trainer(replace(Config(), **SETTINGS | dict(steps=100)), data, tmp_path / "run")
+    rates = [trainer.learning_rate(step) for step in range(100)]
+    top = rates.index(max(rates))
+    assert rates[:top] == sorted(rates[:top]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert top == 10 and rates[top] == trainer.config.train.lr
+    assert 0 < rates[0] < 0.2 * rates[top] and 0 < rates[-1] < 0.01 * rates[top]
+    for warmup in (0, 1):
+        trainer.config = replace(trainer.config, warmup=warmup)
+        assert all(0 < trainer.learning_rate(step) <= trainer.config.train.lr for step in range(100))
+    trainer.config = replace(trainer.config, schedule="constant")
+    assert {trainer.learning_rate(step) for step in range(100)} == {trainer.config.train.lr}
+
+
+# How it stops
+
+
+class Stopping(Trainer):
+    """Gets Ctrl-C in its third step."""
+
+    def train_step(self, batch):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().train_step(batch)
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_as_if_nothing_had_been(data, tmp_path):
+    with pytest.raises(Interrupted, match="stopped after step 3; continue with --resume") as stopped:
+        Stopping(replace(Config(), **SETTINGS), data, tmp_path / "part").run()
+    assert stopped.value.signal == signal.SIGINT
+    assert checkpoint.find(tmp_path / "part").name == "step_00000003.pt"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    part = pretrain(data, out=tmp_path / "part", resume=True)
+    assert steps(part) == [1, 2, 3, 4, 5, 6]
+    assert_same(weights(part), weights(pretrain(data, out=tmp_path / "whole", **SETTINGS)))
+
+
+def test_a_second_ctrl_c_acts_at_once():
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_the_run_and_says_all(data, tmp_path, value):
+    class Poisoned(Trainer):
+        def loss(self, views):
+            loss, metrics = super().loss(views)
+            return (loss * value if self.step == 4 else loss), metrics
+
+    trainer = Poisoned(replace(Config(), **SETTINGS | dict(batch=1)), data, tmp_path / "run")
+    with pytest.raises(NonFiniteLoss) as failure:
+        trainer.run()
+    (index,) = next(trainer.batches())["index"].tolist()
+    for part in ("step 5", str(value), trainer.images.name(index), "step_00000004.pt"):
+        assert part in str(failure.value)
+    assert str(failure.value) in (tmp_path / "run" / "log.txt").read_text()
+    assert_same(trainer.model.state_dict(), weights(tmp_path / "run"))
+
+
+def test_an_infinite_gradient_stops_the_run_too(data, tmp_path):
+    class Poisoned(Trainer):
+        def loss(self, views):
+            loss, metrics = super().loss(views)
+            # the square root has slope infinity at 0
+            return loss + (next(self.model.parameters()).flatten()[0] * 0).abs().sqrt(), metrics
+
+    with pytest.raises(NonFiniteLoss, match="gradient_norm"):
+        Poisoned(replace(Config(), **SETTINGS), data, tmp_path / "run").run()
+
+
+def test_collapse_is_reported_once(data, tmp_path):
+    class Collapsed(Trainer):
+        def loss(self, views):
+            loss, metrics = super().loss(views)
+            return loss, metrics | {"feature_variance": loss.new_tensor(0.001)}
+
+    Collapsed(replace(Config(), **SETTINGS), data, tmp_path / "run").run()
+    assert (tmp_path / "run" / "log.txt").read_text().count("warning: the features collapse") == 1
+
+
+# What it refuses
+
+
+def test_a_run_is_never_overwritten(data, tmp_path):
+    run = pretrain(data, out=tmp_path / "run", **SETTINGS)
+    before = weights(run)
+    with pytest.raises(FileExistsError, match="holds a run; resume it"):
+        pretrain(data, out=run, **SETTINGS)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match=r"holds other files \(thesis.tex\)"):
+            pretrain(data, out=tmp_path / "other", resume=resume, **SETTINGS)
+    assert_same(weights(run), before)
+
+
+def test_a_run_goes_on_with_its_own_settings_and_images_only(data, tmp_path):
+    run = pretrain(data, out=tmp_path / "run", **SETTINGS)
+    with pytest.raises(ValueError, match=r"has lr=0.001, it cannot go on with 0.5"):
+        pretrain(data, out=run, resume=True, lr=0.5)
+    with pytest.raises(ValueError, match=r"it cannot go on with"):
+        pretrain(data, "small-3d", out=run, resume=True)
+    with pytest.raises(ValueError, match="not the images that the run"):
+        pretrain(volumes(tmp_path / "more", 4), out=run, resume=True)
+    finished = weights(run)
+    pretrain(data, out=run, resume=True, **SETTINGS | dict(keep=1, workers=1))
+    assert_same(weights(run), finished)
+    assert steps(run) == [1, 2, 3, 4, 5, 6]
+    assert json.loads((run / "config.json").read_text())["train"]["keep"] == 1
+
+
+def test_bad_data_leave_no_run_behind(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        pretrain(tmp_path / "nowhere", out=tmp_path / "run", **SETTINGS)
+    pretrain(volumes(tmp_path / "data"), out=tmp_path / "run", **SETTINGS)
+
+
+# SIGKILL
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Makes processes that start in no time: forked from one that has imported everything and done nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cover.cli"])
+    return context
+
+
+def finish(process, expected=0):
+    process.start()
+    process.join(120)
+    assert process.exitcode == expected
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(data, tmp_path, processes):
+    settings = SETTINGS | dict(steps=24, checkpoint_every=3, val_every=4, val_fraction=0.4)
+    whole, run, moments = tmp_path / "whole", tmp_path / "killed", random.Random(0)
+    finish(processes.Process(target=train, args=(data, whole, settings)))
+    # in the middle of writing a checkpoint
+    finish(processes.Process(target=train, args=(data, run, settings, "save", 2)), -signal.SIGKILL)
+    assert len(list(run.glob("checkpoints/*.tmp"))) == 1
+    # when it is written and has not yet taken its name; the first file to be replaced is config.json
+    finish(processes.Process(target=train, args=(data, run, settings, "replace", 3)), -signal.SIGKILL)
+    for _ in range(3):
+        metrics = run / "metrics.jsonl"
+        before = metrics.stat().st_mtime_ns
+        process = processes.Process(target=train, args=(data, run, settings))
+        process.start()
+        while process.is_alive() and metrics.stat().st_mtime_ns == before:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.join()
+    finish(processes.Process(target=train, args=(data, run, settings)))
+    assert_same(weights(run), weights(whole))
+    assert_same(load_backbone(run / "backbone.pt").state_dict(), load_backbone(whole).state_dict())
+    assert steps(run) == list(range(1, 25))
+    assert steps(run, "val") == [*range(4, 25, 4)]
+    for kind, name in (("train", "loss"), ("train", "epe"), ("val", "epe_mean")):
+        assert [r[name] for r in log.read(run, kind)] == [r[name] for r in log.read(whole, kind)]
+    assert not list(run.glob("checkpoints/*.tmp"))
