@@ -28,7 +28,7 @@ class UnitNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.unflatten(1, (len(self.length), -1))
-        # the sum bounds the gradient where a group is near zero
+        # 1e-3 bounds the gradient where all features of a voxel are near zero
         inverse = (x.square().sum(2, keepdim=True) + 1e-3).rsqrt()
         return (x * (inverse * self.length.view(-1, 1, *[1] * (x.dim() - 3)))).flatten(1, 2)
 
