@@ -13,7 +13,13 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 debug = os.environ.get("COVER_DEBUG", "0") == "1"
 sanitizers = os.environ.get("COVER_SANITIZE", "")
 
-compile_args = ["-std=c++17", "-O0" if debug else "-O3", "-fvisibility=hidden", "-Wall", "-Wno-aggressive-loop-optimizations"]
+compile_args = [
+    "-std=c++17",
+    "-O0" if debug else "-O3",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-aggressive-loop-optimizations",
+]
 compile_args += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the oldest torch whose stable ABI is used: 2.10
 link_args = []
 if debug or sanitizers:

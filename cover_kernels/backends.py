@@ -5,6 +5,7 @@ compiled backend has a library of its own, `torch.ops.cover_kernels_<backend>`, 
 """
 
 import contextlib
+import ctypes
 import os
 import warnings
 from pathlib import Path
@@ -16,10 +17,12 @@ from cover_kernels.schemas import SCHEMAS
 
 _ENV = "COVER_KERNELS_BACKEND"
 _libraries = []
+_isa = ""
 
 
 def _load_cpu() -> str | None:
     """Load the compiled CPU library; returns the reason why it cannot be used, None when it can."""
+    global _isa
     library = torch.library.Library("cover_kernels_cpu", "DEF")
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
@@ -29,8 +32,15 @@ def _load_cpu() -> str | None:
         return "the compiled library cover_kernels/_cpu*.so is missing: this installation was not built"
     try:
         torch.ops.load_library(built[0])
-    except (OSError, RuntimeError) as error:
+        isa = ctypes.CDLL(str(built[0])).cover_kernels_cpu_isa
+    except (OSError, RuntimeError, AttributeError) as error:
         return f"{built[0].name} does not load into torch {torch.__version__}: {error}"
+    isa.restype = ctypes.c_char_p
+    name = isa()
+    if name is None:
+        forced = os.environ["COVER_KERNELS_ISA"]
+        return f"COVER_KERNELS_ISA={forced} is not avx512, avx2 or generic, or not in this processor"
+    _isa = name.decode()
     return None
 
 
@@ -78,7 +88,7 @@ def choose(device_type: str) -> tuple[str, str]:
     reasons = []
     for name in _DEVICES.get(device_type, ()):
         if _UNAVAILABLE[name] is None:
-            return name, "; ".join(reasons) or f"first choice for {device_type} tensors"
+            return name, "; ".join(reasons) or f"first choice for {device_type} tensors, compiled for {_isa}"
         reasons.append(f"not {name}: {_UNAVAILABLE[name]}")
     return "reference", f"no compiled backend serves {device_type} tensors"
 

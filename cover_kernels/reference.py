@@ -33,6 +33,8 @@ def _veu_weights(q, k, window, heads, scale, mask):
     """Operands in accumulation type, split into groups, and the scores of each offset ([B, J, *S], -inf: no key)."""
     B, _, *S = q.shape
     acc = acc_dtype(q.dtype)
+    if mask is not None:
+        k = k.masked_fill(~mask, 0)  # whatever a key holds that takes no part, a NaN too
     q = q.to(acc).unflatten(1, (heads, -1))
     keys = _pad(k.to(acc), window).unflatten(1, (heads, -1))
     valid = _pad(torch.ones((B, 1, *S), dtype=torch.bool, device=q.device) if mask is None else mask, window)

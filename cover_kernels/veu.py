@@ -67,6 +67,7 @@ def _setup_context(ctx, inputs, output):
     q, k, ctx.window, ctx.heads, ctx.scale, mask = inputs
     v, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # else autograd would allocate a gradient of zeros for lse
     ctx.save_for_backward(q, k, v, lse, mask)
 
 

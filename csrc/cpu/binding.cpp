@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
@@ -147,9 +148,16 @@ std::tuple<Tensor, Tensor> compose_bwd(Tensor grad_y, Tensor flow, Tensor residu
   return {grad_flow, grad_residual};
 }
 
-std::string isa() { return kernels().isa; }
+}  // namespace cover
 
-} // namespace cover
+// The instruction set in use, for cover_kernels.backend_info; null if COVER_KERNELS_ISA forces one that is not here.
+extern "C" __attribute__((visibility("default"))) const char* cover_kernels_cpu_isa() {
+  try {
+    return cover::kernels().isa;
+  } catch (const std::runtime_error&) {
+    return nullptr;
+  }
+}
 
 STABLE_TORCH_LIBRARY_IMPL(cover_kernels_cpu, CPU, m) {
   m.impl("veu_fwd", TORCH_BOX(&cover::veu_fwd));

@@ -10,8 +10,7 @@ struct Composer {
   const Compose& a;
   Grid fine, coarse;
 
-  explicit Composer(const Compose& a)
-      : a(a), fine{{a.S[0], a.S[1], a.S[2]}}, coarse(coarser(fine, a.stride)) {}
+  explicit Composer(const Compose& a) : a(a), fine{{a.S[0], a.S[1], a.S[2]}}, coarse(coarser(fine, a.stride)) {}
 
   struct State {
     Cells<A, I, d> cells;
@@ -114,5 +113,5 @@ inline void compose_bwd(const Compose& a) {
   });
 }
 
-} // namespace COVER_ISA
-} // namespace cover
+}  // namespace COVER_ISA
+}  // namespace cover

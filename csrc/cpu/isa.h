@@ -24,5 +24,5 @@ const Kernels table = {
     [](const Compose& a) { COVER_BY_ACC(compose_bwd, a); },
 };
 
-} // namespace COVER_ISA
-} // namespace cover
+}  // namespace COVER_ISA
+}  // namespace cover

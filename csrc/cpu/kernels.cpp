@@ -23,16 +23,16 @@ static const Kernels* choose() {
   const char* forced = std::getenv("COVER_KERNELS_ISA");
   const std::string name = forced ? forced : "";
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                    __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   if (avx512 && (name.empty() || name == "avx512")) return &avx512::table;
   if (avx2 && (name.empty() || name == "avx2")) return &avx2::table;
 #endif
   if (name.empty() || name == "generic") return &generic::table;
-  throw std::runtime_error("COVER_KERNELS_ISA must be avx512, avx2 or generic, and within this processor's means; got " +
-                           name);
+  throw std::runtime_error(
+      "COVER_KERNELS_ISA must be avx512, avx2 or generic, and within this processor's means; got " + name);
 }
 
 const Kernels& kernels() {
@@ -40,4 +40,4 @@ const Kernels& kernels() {
   return *chosen;
 }
 
-} // namespace cover
+}  // namespace cover

@@ -5,7 +5,7 @@
 namespace cover {
 namespace COVER_ISA {
 
-constexpr int64_t kSegment = 64; // voxels that are worked on together
+constexpr int64_t kSegment = 64;  // voxels that are worked on together
 
 // A grid of voxels; a 2D one has S[0] = 1.
 struct Grid {
@@ -26,14 +26,14 @@ inline Grid coarser(const Grid& g, const int64_t* stride) {
 template <class A, class I, int d>
 struct Cells {
   static constexpr int kRows = 1 << (d - 1);
-  static constexpr int kTogether = 4; // channels that share one load of a cell
+  static constexpr int kTogether = 4;  // channels that share one load of a cell
   typedef A Pair __attribute__((vector_size(2 * sizeof(A))));
-  I index[kRows][kSegment];     // of a row's first voxel, in one channel of the image
-  Pair weight[kRows][kSegment]; // 0 outside the image
-  I partial[kSegment];          // not 0 where some weight is 0
-  A part[d][2][kSegment];       // factors of the weight along each axis
-  A slope[d][2][kSegment];      // their derivatives
-  I next;                       // distance of a row's second voxel: 1, or 0 in an image one voxel wide
+  I index[kRows][kSegment];      // of a row's first voxel, in one channel of the image
+  Pair weight[kRows][kSegment];  // 0 outside the image
+  I partial[kSegment];           // not 0 where some weight is 0
+  A part[d][2][kSegment];        // factors of the weight along each axis
+  A slope[d][2][kSegment];       // their derivatives
+  I next;                        // distance of a row's second voxel: 1, or 0 in an image one voxel wide
 
   // position [d][kSegment], in voxels of `grid`. With `border` it is clamped into the image, else corners outside
   // weigh 0. A NaN position gets NaN weights.
@@ -231,9 +231,8 @@ inline void parallel_segments(int64_t B, int64_t C, int64_t block, const Grid& g
   parallel_for(B * blocks * outer, [&](int64_t begin, int64_t end) {
     auto state = make();
     for (int64_t i = begin; i < end; i++)
-      for_segments<d>(g, i % outer, i % outer + 1, [&](const Segment& s) {
-        f(i / outer / blocks, i / outer % blocks * block, s, *state);
-      });
+      for_segments<d>(g, i % outer, i % outer + 1,
+                      [&](const Segment& s) { f(i / outer / blocks, i / outer % blocks * block, s, *state); });
   });
 }
 
@@ -247,5 +246,5 @@ inline void with_geometry(int64_t d, int64_t numel, const F& f) {
     narrow ? f(std::integral_constant<int, 3>(), int32_t()) : f(std::integral_constant<int, 3>(), int64_t());
 }
 
-} // namespace COVER_ISA
-} // namespace cover
+}  // namespace COVER_ISA
+}  // namespace cover

@@ -78,7 +78,7 @@ inline Vec<A> splat(A a) {
 // 2^x for x <= 0, minimax polynomial with p(0) = 1: relative error below 1.6e-7; 0 below -126; NaN stays NaN.
 inline Vec<float> exp2(Vec<float> x) {
   typedef int32_t Bits __attribute__((vector_size(COVER_BYTES)));
-  const float shift = 0x1.8p23f; // adding it leaves round(x) in the low bits
+  const float shift = 0x1.8p23f;  // adding it leaves round(x) in the low bits
   Vec<float> shifted = x + shift;
   Vec<float> r = x - (shifted - shift);
   Vec<float> p = splat(0x1.5bba14p-10f);
@@ -162,5 +162,5 @@ inline void store_row(Dtype dtype, void* dst, int64_t first, int64_t n, A factor
   });
 }
 
-} // namespace COVER_ISA
-} // namespace cover
+}  // namespace COVER_ISA
+}  // namespace cover

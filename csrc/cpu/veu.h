@@ -8,17 +8,17 @@
 namespace cover {
 namespace COVER_ISA {
 
-constexpr int kChunk = 8; // scores of a row that are in registers at once; wider windows take several chunks
+constexpr int kChunk = 8;  // scores of a row that are in registers at once; wider windows take several chunks
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // The geometry of a VEU call: how it is cut into tiles.
 template <class A>
 struct VeuTiles {
   const Veu& a;
-  int64_t D, H, W, R[3]; // R: the window's radii
-  int64_t rows, width;   // of a tile; width is a multiple of the lanes
-  int64_t halo;          // width of a padded row: width + 2 R[2]
-  int64_t ny, nx, n;     // tiles along H, along W, and per (batch or group)
+  int64_t D, H, W, R[3];  // R: the window's radii
+  int64_t rows, width;    // of a tile; width is a multiple of the lanes
+  int64_t halo;           // width of a padded row: width + 2 R[2]
+  int64_t ny, nx, n;      // tiles along H, along W, and per (batch or group)
 
   explicit VeuTiles(const Veu& a) : a(a), D(a.S[0]), H(a.S[1]), W(a.S[2]) {
     // a window wider than the image sees no more than one as wide as the image
@@ -111,8 +111,8 @@ inline void load_features(const VeuTiles<A>& t, const VeuTile<A>& tile, const vo
 // Key row with its halo: features [C, halo], and bias [halo]: 0 where a key takes part, -inf elsewhere. Keys that do
 // not take part are zero, so that nothing they hold (a NaN, say) reaches the sums.
 template <class A>
-inline void load_keys(const VeuTiles<A>& t, const VeuTile<A>& tile, int64_t b, int64_t j, int64_t z, int64_t y,
-                      A* keys, A* bias) {
+inline void load_keys(const VeuTiles<A>& t, const VeuTile<A>& tile, int64_t b, int64_t j, int64_t z, int64_t y, A* keys,
+                      A* bias) {
   const Veu& a = t.a;
   const Inside in = inside_row(t, tile);
   load_features(t, tile, a.k, b, j, z, y, A(1), keys);
@@ -287,5 +287,5 @@ inline void veu_fwd(const Veu& a) {
   });
 }
 
-} // namespace COVER_ISA
-} // namespace cover
+}  // namespace COVER_ISA
+}  // namespace cover

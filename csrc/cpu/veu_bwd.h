@@ -9,7 +9,7 @@
 namespace cover {
 namespace COVER_ISA {
 
-constexpr int64_t kRingElements = 1 << 20; // of the excess, unless one window-deep slab of one group needs more
+constexpr int64_t kRingElements = 1 << 20;  // of the excess, unless one window-deep slab of one group needs more
 
 template <class A>
 struct BackwardBuffers {
@@ -19,11 +19,11 @@ struct BackwardBuffers {
     return 3 * t.rows * t.a.C * t.width + (t.a.C + 2) * t.halo + 6 * max(t.rows * t.width, t.halo);
   }
   BackwardBuffers(const VeuTiles<A>& t, Scratch<A>& scratch)
-      : center(scratch.take(t.rows * t.a.C * t.width)),   // queries or keys of the tile
-        rows(scratch.take(t.a.C * t.halo)),               // keys or queries of a passing row
-        bias(scratch.take(t.halo)),                       // of a passing key row
-        sum(scratch.take(t.rows * t.a.C * t.width)),      // sum t k, or the sum of grad_k
-        weighted(scratch.take(t.rows * t.a.C * t.width)), // sum w k
+      : center(scratch.take(t.rows * t.a.C * t.width)),    // queries or keys of the tile
+        rows(scratch.take(t.a.C * t.halo)),                // keys or queries of a passing row
+        bias(scratch.take(t.halo)),                        // of a passing key row
+        sum(scratch.take(t.rows * t.a.C * t.width)),       // sum t k, or the sum of grad_k
+        weighted(scratch.take(t.rows * t.a.C * t.width)),  // sum w k
         // g, <g, v>, log-sum-exp and excess: of the tile's rows, or of a passing row with its halo
         grad{scratch.take(max(t.rows * t.width, t.halo)), scratch.take(max(t.rows * t.width, t.halo)),
              scratch.take(max(t.rows * t.width, t.halo))},
@@ -120,8 +120,8 @@ inline void grad_queries(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTi
   const auto load_plane = [&](const void* src, int64_t channels, int64_t c, A outside, A* dst) {
     fill(dst, plane, outside);
     for (int64_t y = 0; y < tile.ny; y++)
-      std::memcpy(dst + y * t.width,
-                  static_cast<const A*>(src) + at(t, b, channels, c, tile.z, tile.y + y, tile.x), tile.nx * sizeof(A));
+      std::memcpy(dst + y * t.width, static_cast<const A*>(src) + at(t, b, channels, c, tile.z, tile.y + y, tile.x),
+                  tile.nx * sizeof(A));
   };
   fill(s.grad[0], plane, A(0));
   for (int64_t i = 0; i < a.d; i++) load_plane(a.grad_v, a.d, i, A(0), s.grad[3 - a.d + i]);
@@ -248,5 +248,5 @@ inline void veu_bwd(const Veu& a) {
   }
 }
 
-} // namespace COVER_ISA
-} // namespace cover
+}  // namespace COVER_ISA
+}  // namespace cover

@@ -6,7 +6,7 @@
 namespace cover {
 namespace COVER_ISA {
 
-constexpr int64_t kChannelBlock = 8; // channels that share one computation of the coordinates
+constexpr int64_t kChannelBlock = 8;  // channels that share one computation of the coordinates
 
 // One call: x in T, flow in F, accumulation in A, indices in I.
 template <class T, class F, class I, int d>
@@ -15,8 +15,7 @@ struct Warper {
   const Warp& a;
   Grid fine, coarse;
 
-  explicit Warper(const Warp& a)
-      : a(a), fine{{a.S[0], a.S[1], a.S[2]}}, coarse(coarser(fine, a.stride)) {}
+  explicit Warper(const Warp& a) : a(a), fine{{a.S[0], a.S[1], a.S[2]}}, coarse(coarser(fine, a.stride)) {}
 
   struct State {
     Cells<A, I, d> cells;
@@ -39,8 +38,8 @@ struct Warper {
       return;
     }
     const Between<A> z(s.z, a.stride[0], coarse.S[0]), y(s.y, a.stride[1], coarse.S[1]);
-    const A w[4] = {(1 - z.fraction) * (1 - y.fraction), (1 - z.fraction) * y.fraction,
-                    z.fraction * (1 - y.fraction), z.fraction * y.fraction};
+    const A w[4] = {(1 - z.fraction) * (1 - y.fraction), (1 - z.fraction) * y.fraction, z.fraction * (1 - y.fraction),
+                    z.fraction * y.fraction};
     const int64_t first = Between<A>(s.x0, a.stride[2], coarse.S[2]).i0;
     const int64_t last = Between<A>(s.x0 + s.n - 1, a.stride[2], coarse.S[2]).i1;
     A coarse_row[d][kSegment + 2];
@@ -76,16 +75,16 @@ struct Warper {
   }
 
   void forward() const {
-    parallel_segments<d>(a.B, a.C, kChannelBlock, fine, make_state,
-                         [&](int64_t b, int64_t c0, const Segment& s, State& state) {
-      find_cells(b, s, state);
-      const int64_t channels = min(kChannelBlock, a.C - c0), numel = fine.numel();
-      const int64_t image = (b * a.C + c0) * numel;
-      state.cells.gather(static_cast<const T*>(a.x) + image, channels, numel, s.n,
-                         [&](int64_t c, int64_t x, A value) { state.out[c][x] = static_cast<T>(value); });
-      for (int64_t c = 0; c < channels; c++)
-        std::memcpy(static_cast<T*>(a.y) + image + c * numel + row(s), state.out[c], s.n * sizeof(T));
-    });
+    parallel_segments<d>(
+        a.B, a.C, kChannelBlock, fine, make_state, [&](int64_t b, int64_t c0, const Segment& s, State& state) {
+          find_cells(b, s, state);
+          const int64_t channels = min(kChannelBlock, a.C - c0), numel = fine.numel();
+          const int64_t image = (b * a.C + c0) * numel;
+          state.cells.gather(static_cast<const T*>(a.x) + image, channels, numel, s.n,
+                             [&](int64_t c, int64_t x, A value) { state.out[c][x] = static_cast<T>(value); });
+          for (int64_t c = 0; c < channels; c++)
+            std::memcpy(static_cast<T*>(a.y) + image + c * numel + row(s), state.out[c], s.n * sizeof(T));
+        });
   }
 
   // Reads grad_y in channels c0, c0 + 1, .. of a segment.
@@ -190,5 +189,5 @@ inline void warp_bwd(const Warp& a) {
   });
 }
 
-} // namespace COVER_ISA
-} // namespace cover
+}  // namespace COVER_ISA
+}  // namespace cover

@@ -1,0 +1,47 @@
+# make demo | test | lint | bench: each sets up its own virtual environment and asks nothing.
+# TORCH chooses the torch to install; the default is the release whose CPU build CI has at hand. Users of the library
+# choose their own: pyproject.toml only bounds it from below.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format bench clean
+
+# the compiled wheel, built without isolation against the torch of the environment, is what demo, tests and
+# benchmarks run: not the tree
+$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard cover_kernels/*.py cover/*.py cover/*/*.py)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel ninja numpy
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(VENV)/wheel .
+	$(BIN)/python -m pip install --quiet "$$(ls -t $(VENV)/wheel/cover_vcl-*.whl | head -n 1)[test]"
+	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall "$$(ls -t $(VENV)/wheel/cover_vcl-*.whl | head -n 1)"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python -P -m cover.demo
+
+test: $(VENV)/installed
+	$(BIN)/pytest
+
+bench: $(VENV)/installed
+	$(BIN)/pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+$(VENV)/lint: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check ruff==0.17.6 clang-format==18.1.8
+	touch $@
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+format: $(VENV)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,187 @@
+"""What holds for every operator: agreement of the backends, gradients, registration, compilation, determinism."""
+
+import operators
+import pytest
+import torch
+from operators import CASES, DTYPES, OPERATORS, PARAMETERS, assert_close, grad_like, run, sample_inputs
+
+import cover_kernels
+
+BACKENDS = operators.compiled_backends()
+
+
+def test_the_compiled_backend_is_there():
+    assert "cpu" in BACKENDS
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("operator", "case"), PARAMETERS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backend_agrees_with_reference(backend, operator, case, dtype):
+    function, tensors = sample_inputs(operator, case, dtype)
+    exact_function, exact_tensors = sample_inputs(operator, case, torch.float64)
+    exact_tensors = [t.double() for t in tensors]
+    grad = grad_like(exact_function(*exact_tensors))
+    exact = run(exact_function, exact_tensors, "reference", grad)
+    same = run(function, tensors, "reference", grad)
+    actual = run(function, tensors, backend, grad)
+    assert [t.dtype for t in actual] == [t.dtype for t in same]
+    assert_close(actual, same, exact)
+
+
+def smooth_case(operator, case):
+    """float64 inputs in which no position lies on the border of a cell, where a derivative does not exist."""
+    function, tensors = sample_inputs(operator, case, torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    if operator == "veu":
+        return function, tensors
+    moved = [t + 0.03 + 0.05 * torch.rand(t.shape, generator=generator, dtype=t.dtype) for t in tensors]
+    return function, moved
+
+
+@pytest.mark.parametrize(
+    ("operator", "case"), [(o, c) for o, c in PARAMETERS if c.B and max(c.S) < 20 and c.layout == "contiguous"], ids=str
+)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_gradcheck(backend, operator, case):
+    function, tensors = smooth_case(operator, case)
+    tensors = [t.requires_grad_() for t in tensors]
+    with cover_kernels.use_backend(backend):
+        assert torch.autograd.gradcheck(function, tensors, fast_mode=True, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_any_forward_pairs_with_any_backward(operator):
+    function, tensors = sample_inputs(operator, CASES[operator][-4], torch.float32)
+    expected = run(function, tensors, "reference")
+    for forward in [*BACKENDS, "reference"]:
+        for backward in [*BACKENDS, "reference"]:
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            with cover_kernels.use_backend(forward):
+                y = function(*leaves)
+            with cover_kernels.use_backend(backward):
+                grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+            for actual, wanted in zip([y, *grads], expected, strict=True):
+                torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_second_derivative_is_a_clear_error(operator):
+    function, tensors = sample_inputs(operator, CASES[operator][2], torch.float64)
+    tensors = [t.requires_grad_() for t in tensors]
+    first = torch.autograd.grad(function(*tensors).square().sum(), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{operator} can be differentiated once"):
+        torch.autograd.grad(first[0].square().sum(), tensors)
+
+
+def raw_arguments(operator, case, dtype=torch.float32):
+    """The arguments of both registered operators of a public one, forward and backward."""
+    _, tensors = sample_inputs(operator, case, dtype)
+    d = len(case.S)
+    per_axis = [[v] * d if isinstance(v, int) else list(v) for v in (case.window, case.stride)]
+    extra = {"veu": (per_axis[0], case.heads, 0.5, None), "warp": (per_axis[1], False), "compose": (per_axis[1],)}
+    forward = (*tensors, *extra[operator])
+    outputs = getattr(torch.ops.cover_kernels, f"{operator}_fwd")(*forward)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    saved = (*tensors, *outputs) if operator == "veu" else tensors
+    return forward, (torch.randn_like(outputs[0]), *saved, *extra[operator])
+
+
+@pytest.mark.parametrize(
+    ("operator", "case"), [(o, c) for o, c in PARAMETERS if c.why in ("groups", "coarser flow", "volume")], ids=str
+)
+def test_opcheck(operator, case):
+    forward, backward = raw_arguments(operator, case)
+    leaves = tuple(a.clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in forward)
+    torch.library.opcheck(getattr(torch.ops.cover_kernels, f"{operator}_fwd").default, leaves)
+    torch.library.opcheck(getattr(torch.ops.cover_kernels, f"{operator}_bwd").default, backward)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_fake_kernels_match_shapes_and_dtypes(operator):
+    for case in CASES[operator]:
+        for dtype in DTYPES:
+            forward, backward = raw_arguments(operator, case, dtype)
+            for name, arguments in ((f"{operator}_fwd", forward), (f"{operator}_bwd", backward)):
+                op = getattr(torch.ops.cover_kernels, name)
+                real = op(*arguments)
+                meta = op(*[a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments])
+                real, meta = (r if isinstance(r, tuple) else (r,) for r in (real, meta))
+                assert [(t.shape, t.dtype, t.stride()) for t in real] == [(t.shape, t.dtype, t.stride()) for t in meta]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compiles_without_graph_breaks(operator):
+    case = next(c for c in CASES[operator] if c.why == "volume")
+    function, tensors = sample_inputs(operator, case, torch.float32)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected = run(function, tensors, "cpu")
+    assert all(torch.equal(a, e) for a, e in zip(run(compiled, tensors, "cpu"), expected, strict=True))
+
+
+def test_compiles_with_inductor():
+    def chain(q, k, u):
+        w = cover_kernels.veu(q, cover_kernels.warp(k, u, 2), 3, 2)
+        return cover_kernels.compose(u, w, 2).square()
+
+    tensors = [torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 8), torch.randn(1, 2, 3, 4)]
+    expected = run(chain, tensors, "cpu")
+    actual = run(torch.compile(chain, fullgraph=True), tensors, "cpu")
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("operator", "case"), [(o, c) for o, c in PARAMETERS if c.B], ids=str)
+def test_same_bits_whatever_the_number_of_threads(operator, case, backend):
+    function, tensors = sample_inputs(operator, case, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(run(function, tensors, backend))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    q, k, u = torch.randn(1, 4, 6, 6), torch.randn(1, 4, 6, 6), torch.randn(1, 2, 6, 6)
+    with torch.autocast("cpu", dtype):
+        # a convolution's output is half, a normalisation's is float: the wider one counts
+        mixed = cover_kernels.veu(q.to(dtype), k, 3)
+        half = cover_kernels.veu(q.to(dtype), k.to(dtype), 3)
+        warped = cover_kernels.warp(k.to(dtype), u)
+    assert torch.equal(mixed, cover_kernels.veu(q.to(dtype).float(), k, 3))
+    assert half.dtype == torch.float32
+    assert warped.dtype == dtype
+
+
+@pytest.mark.parametrize("isa", ["avx2", "generic"])
+def test_every_instruction_set_agrees(isa, tmp_path):
+    """In a process each, since the choice is made once: the other instruction sets give what this one gives."""
+    import os
+    import subprocess
+    import sys
+
+    script = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); from operators import *;"
+        "torch.save([run(*sample_inputs(o, c, torch.float32), 'cpu') for o, c in PARAMETERS], sys.argv[2])"
+    )
+    path = tmp_path / "results.pt"
+    done = subprocess.run(
+        [sys.executable, "-c", script, os.path.dirname(__file__), str(path)],
+        env={**os.environ, "COVER_KERNELS_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    if "not in this processor" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr
+    for (operator, case), result in zip(PARAMETERS, torch.load(path, weights_only=True), strict=True):
+        expected = run(*sample_inputs(operator, case, torch.float32), "cpu")
+        exact = run(*sample_inputs(operator, case, torch.float64), "cpu")
+        assert_close(result, expected, exact)

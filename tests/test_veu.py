@@ -1,0 +1,181 @@
+"""VEU against its definition: what the softmax over a window must return, and what it may cost."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory import peak_above
+from operators import compiled_backends
+
+import cover_kernels
+from cover_kernels import veu
+
+BACKENDS = [*compiled_backends(), "reference"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with cover_kernels.use_backend(request.param):
+        yield request.param
+
+
+def by_definition(q, k, window, heads, scale, mask):
+    """One voxel after another, straight from the formula, in Python floats."""
+    B, JC, *S = q.shape
+    C = JC // heads
+    v = torch.zeros(B, len(S), *S, dtype=torch.float64)
+    for b, p in itertools.product(range(B), itertools.product(*map(range, S))):
+        for j in range(heads):
+            group = slice(j * C, (j + 1) * C)
+            offsets, scores = [], []
+            for o in itertools.product(*(range(-(n // 2), n // 2 + 1) for n in window)):
+                key = tuple(x + y for x, y in zip(p, o, strict=True))
+                if all(0 <= x < n for x, n in zip(key, S, strict=True)) and (mask is None or mask[(b, 0, *key)]):
+                    offsets.append(o)
+                    scores.append(scale * (q[(b, group, *p)] @ k[(b, group, *key)]))
+            if offsets:
+                w = torch.stack(scores).softmax(0)
+                v[(b, slice(None), *p)] += w @ torch.tensor(offsets, dtype=torch.float64) / heads
+    return v
+
+
+sizes = st.lists(st.integers(1, 5), min_size=2, max_size=3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    S=sizes,
+    window=st.lists(st.sampled_from([1, 3, 5, 7]), min_size=3, max_size=3),
+    B=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    channels=st.integers(1, 9),
+    masked=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_is_its_definition(name, S, window, B, heads, channels, masked, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn((B, heads * channels, *S), generator=generator, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand((B, 1, *S), generator=generator) < 0.6 if masked else None
+    window = window[: len(S)]
+    with cover_kernels.use_backend(name):
+        v = veu(q, k, tuple(window), heads, 0.7, mask)
+    torch.testing.assert_close(v, by_definition(q, k, window, heads, 0.7, mask))
+
+
+def test_default_scale_is_the_root_of_the_group_channels(backend):
+    q, k = torch.randn(2, 1, 8, 5, 6)
+    assert torch.equal(veu(q, k, 3, heads=2), veu(q, k, 3, heads=2, scale=0.5))
+
+
+@pytest.mark.parametrize("shift", [(2, -1), (0, 0), (-3, 3), (1, -2, 0)])
+def test_one_hot_positions_return_the_displacement_exactly(backend, shift):
+    S = (8, 9) if len(shift) == 2 else (4, 6, 5)
+    n = torch.tensor(S).prod().item()
+    k = torch.eye(n).reshape(1, n, *S)
+    q = k.roll(tuple(-s for s in shift), dims=tuple(range(2, 2 + len(S))))  # q(p) is the code of p + shift
+    v = veu(q, k, 7, scale=1e4)
+    inside = tuple(slice(max(0, -s), n - max(0, s)) for s, n in zip(shift, S, strict=True))
+    expected = torch.tensor(shift, dtype=torch.float32).view(-1, *[1] * len(S))
+    assert torch.equal(v[0][(slice(None), *inside)], expected.expand_as(v[0])[(slice(None), *inside)])
+
+
+def test_constant_features_average_the_offsets_inside_the_image(backend):
+    v = veu(torch.ones(1, 2, 4, 5), torch.ones(1, 2, 4, 5), 3)
+    assert torch.allclose(v[:, :, 1:-1, 1:-1], torch.zeros(1))
+    # at the border the window is cut, not filled: mean of {0, 1} and of {-1, 0}
+    assert torch.allclose(v[0, 0, 0], torch.tensor(0.5)) and torch.allclose(v[0, 1, :, -1], torch.tensor(-0.5))
+
+
+def test_masked_keys_take_no_part_whatever_they_hold(backend):
+    q, k = torch.randn(2, 1, 3, 6, 7)
+    mask = torch.rand(1, 1, 6, 7) < 0.7
+    poisoned = torch.where(mask, k, torch.nan).requires_grad_()
+    q.requires_grad_()
+    v = veu(q, poisoned, 5, mask=mask)
+    assert torch.equal(v, veu(q, k, 5, mask=mask))
+    grad_q, grad_k = torch.autograd.grad(v.sum(), (q, poisoned))
+    assert grad_q.isfinite().all()
+    assert torch.equal(grad_k[~mask.expand_as(k)], torch.zeros_like(grad_k[~mask.expand_as(k)]))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinity_reach_the_output(backend, value):
+    q, k = torch.randn(2, 1, 3, 9, 40)
+    q[0, 0, 4, 20] = value
+    assert veu(q, k, 3)[0, :, 4, 20].isnan().all()
+    assert veu(q, k, 3)[0].isnan().sum() == 2
+
+
+def test_large_scores_do_not_overflow(backend):
+    q, k = torch.randn(2, 1, 4, 8, 8) * 1e4
+    assert veu(q, k, 5).isfinite().all()
+    assert veu(q, k, 5).abs().max() <= 2
+
+
+def test_backward_through_the_ring_of_slabs():
+    """An image too large for the ring at once gives what its parts give: the excess crosses from slab to slab."""
+    torch.manual_seed(0)
+    S, heads = (1200, 1000), 2
+    q, k = torch.randn(2, 1, 2 * heads, *S)
+    g = torch.randn(1, 2, *S)
+
+    def grads(rows):
+        leaves = [t[:, :, rows].clone().requires_grad_() for t in (q, k)]
+        with cover_kernels.use_backend("cpu"):
+            return torch.autograd.grad(veu(*leaves, (5, 3), heads), leaves, g[:, :, rows])
+
+    whole = grads(slice(0, 1200))
+    for first in (0, 300, 600, 900):
+        low, high = max(0, first - 8), min(1200, first + 308)
+        part = grads(slice(low, high))
+        # rows whose window, and whose queries' windows, lie inside the part
+        for w, p in zip(whole, part, strict=True):
+            torch.testing.assert_close(w[:, :, first : first + 300], p[:, :, first - low :][:, :, :300])
+
+
+@pytest.mark.parametrize("window", [3, 7, (3, 25, 25)])
+def test_memory_is_outputs_log_sum_exp_and_little_scratch(window):
+    S, heads, channels = (8, 96, 96), 4, 4
+    q, k = torch.randn(2, 1, heads * channels, *S)
+    q.requires_grad_(), k.requires_grad_()
+    size = 4 * q[0, 0].numel()
+    scratch = 16e6
+    with cover_kernels.use_backend("cpu"):
+        used, v = peak_above(lambda: veu(q, k, window, heads))
+        assert used < size * (3 + heads) + scratch
+        grad = torch.ones_like(v)
+        used, _ = peak_above(lambda: torch.autograd.grad(v, (q, k), grad, retain_graph=True))
+    assert used < size * 2 * heads * channels + scratch
+
+
+def arguments(**changes):
+    given = {"q": torch.zeros(1, 4, 5, 6), "k": torch.zeros(1, 4, 5, 6), "window": 3, "heads": 2}
+    return {**given, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": [1, 2]}, TypeError, "veu: `q` must be a tensor, got list"),
+        ({"q": torch.zeros(4, 5)}, ValueError, r"veu: `q` must be \[B, J\*C, H, W\].* got \[4, 5\]"),
+        ({"q": torch.zeros(1, 4, 0, 6)}, ValueError, "veu: `q` must have no empty axis"),
+        ({"q": torch.zeros(1, 4, 5, 6, dtype=torch.int64)}, TypeError, "veu: `q` must be float64.* got torch.int64"),
+        ({"k": None}, TypeError, "veu: `k` must be a tensor, got NoneType"),
+        ({"k": torch.zeros(1, 4, 5, 7)}, ValueError, r"veu: `k` must have shape \[1, 4, 5, 6\].* got \[1, 4, 5, 7\]"),
+        ({"k": torch.zeros(1, 4, 5, 6).half()}, TypeError, "veu: `k` must be torch.float32.* got torch.float16"),
+        ({"k": torch.zeros(1, 4, 5, 6, device="meta")}, ValueError, "veu: `k` must be on the device.* got meta"),
+        ({"window": 4}, ValueError, "veu: `window` must be odd"),
+        ({"window": (3, 3, 3)}, ValueError, r"veu: `window` must be a positive int or 2 of them.* got \(3, 3, 3\)"),
+        ({"window": -3}, ValueError, "veu: `window` must be a positive int"),
+        ({"heads": 3}, ValueError, "veu: `heads` must be a positive int that divides the 4 channels, got 3"),
+        ({"heads": 0}, ValueError, "veu: `heads`"),
+        ({"mask": torch.ones(1, 1, 5, 6)}, TypeError, "veu: `mask` must be torch.bool.* got torch.float32"),
+        ({"mask": torch.ones(1, 4, 5, 6) > 0}, ValueError, r"veu: `mask` must have shape \[1, 1, 5, 6\]"),
+    ],
+)
+def test_bad_arguments_are_named(backend, changes, error, message):
+    with pytest.raises(error, match=message):
+        veu(**arguments(**changes))
