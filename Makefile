@@ -26,7 +26,7 @@ test: $(VENV)/installed
 	$(BIN)/pytest
 
 bench: $(VENV)/installed
-	$(BIN)/pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	$(BIN)/pytest benchmarks/bench_operators.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 $(VENV)/lint: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
