@@ -178,6 +178,7 @@ class ModelConfig:
                     f"1 to {len(self.channels)} counts above 0, one per pyramid level, no more than `channels`",
                 ),
                 "group_channels": _at_least(1, self.group_channels),
+                "norm": _one_of(self.norm, "unit", "group"),
             },
         )
 
