@@ -107,8 +107,8 @@ class VectorPyramid(nn.Module):
         window: N, odd, in voxels of each level; an int or one per axis.
         heads: J of each level, coarse to fine. Shorter than `channels`: only the finest levels form the pyramid.
         group_channels: C, the channels of one vector group.
-        mask_outside: leave keys that were sampled from the padding of view a out of the softmax. Without padding it
-            changes nothing: p + flow(p) is a mean of positions inside view a, so no key comes from outside it.
+        mask_outside: leave keys that were sampled from outside view a out of the softmax. That is its padding, if
+            there is any, and nothing else: p + flow(p) is a mean of positions inside view a (docs/model.md).
         norm: see `MoV`.
 
     Attributes:
@@ -177,8 +177,8 @@ class VectorPyramid(nn.Module):
             else:
                 stride = tuple(c // f for c, f in zip(self.strides[i - 1], self.strides[i], strict=True))
                 if self.mask_outside and mask is not None:
-                    # a key counts when at least half of what it is interpolated from is image
-                    mask = mask & (warp(mask.to(a.dtype), flows[-1].detach(), stride) >= 0.5)
+                    # nothing of what a key is interpolated from may be padding; 1e-3 is room for rounding
+                    mask = mask & (warp(mask.to(a.dtype), flows[-1].detach(), stride) > 1 - 1e-3)
                 flow = compose(flows[-1], mov(b, warp(a, flows[-1], stride), mask), stride)
             flows.append(replicate(flow, real, S))
         return flows

@@ -31,14 +31,14 @@ def visualize(run: str | PathLike, image: str | PathLike, out: str | PathLike | 
     Args:
         run: the folder of a run (its last checkpoint is taken) or a checkpoint.
         image: an image or volume; the views are made of one crop, as in `evaluate`.
-        out: the figure, in any format that matplotlib writes; default `figures/<image>.png` beside the run.
+        out: the figure, in any format that matplotlib writes; default `figures/<image>.png` in the folder of `run`.
         **settings: changes to the settings of the run's data and views, such as `crop` or `volumes`.
 
     Returns:
         The path of the figure.
 
     Raises:
-        FileNotFoundError: no such run or image. ValueError: a setting or the image cannot be used.
+        FileNotFoundError: no such run. ValueError: a setting or the image cannot be used.
         ImportError: the extra `plot` is not installed.
     """
     _matplotlib()
@@ -120,8 +120,6 @@ def pca_rgb(*maps: np.ndarray) -> tuple[list[np.ndarray], float]:
     points -= points.mean(0)
     variances, basis = np.linalg.eigh(points.T @ points)
     variances, basis = variances[::-1].clip(min=0), basis[:, ::-1][:, :3]
-    # an eigenvector has no sign of its own: its largest entry decides
-    basis = basis * np.sign(np.take_along_axis(basis, np.abs(basis).argmax(0, keepdims=True), 0))
     components = np.zeros((len(points), 3))
     components[:, : basis.shape[1]] = points @ basis
     low, high = np.percentile(components, [1, 99], axis=0)

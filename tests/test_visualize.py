@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import SETTINGS, volumes
 
+from cover import pretrain
 from cover.config import Config, replace
 from cover.model import build_model
 from cover.views import Views
-from cover.visualize import figure, pca_rgb
+from cover.visualize import figure, pca_rgb, visualize
 
 pytest.importorskip("matplotlib")
 
@@ -36,11 +38,10 @@ def pixels(path):
     ("size", "arguments"),
     [
         ((12, 9), {}),
-        ((12, 9), {"in_channels": 3}),
         ((8, 10, 7), {"spacing": (1.0, 1.0, 2.5)}),
-        ((8, 10), {"inside": False}),
+        ((12, 9), {"in_channels": 3, "inside": False}),
     ],
-    ids=["2D, padded inside", "colour", "3D, thick slices", "nothing inside view a"],
+    ids=["2D", "3D, thick slices", "colour, no match inside view a"],
 )
 def test_figure_is_drawn(tmp_path, size, arguments):
     spacing = arguments.pop("spacing", None)
@@ -57,6 +58,15 @@ def test_draws_the_sample_that_is_asked_for(tmp_path):
     second = pixels(figure(model, views, tmp_path / "second.png", sample=1))
     alone = pixels(figure(model, Views(*(x[1:] for x in views)), tmp_path / "alone.png"))
     assert np.array_equal(second, alone)
+
+
+def test_visualize_draws_an_image_of_a_run(tmp_path):
+    data = volumes(tmp_path / "data")
+    run = pretrain(data, out=tmp_path / "run", **SETTINGS | {"steps": 1})
+    path = visualize(run, data / "volume1.npy")
+    assert path == tmp_path / "run" / "figures" / "volume1.png" and path.stat().st_size > 10_000
+    with pytest.raises(ValueError, match="no such file"):
+        visualize(run, data / "volume9.npy")
 
 
 @settings(max_examples=25, deadline=None)
