@@ -150,6 +150,14 @@ def test_each_change_happens_with_its_probability(name):
     assert abs(share - 0.3) < 5 * 0.0205
 
 
+@pytest.mark.parametrize("name", ["noise", "blur", "contrast", "brightness", "gamma", "inpaint"])
+def test_each_change_differs_between_views(name):
+    change, x = Appearance(dataclasses.replace(NOTHING, **{name: 0.9})), images((1, 12, 12))
+    changes = torch.stack([(change(x, draws(range(16)), view) - x).flatten() for view in "ab"])
+    # blur, contrast and gamma of one image have something in common whatever their amounts
+    assert torch.corrcoef(changes)[0, 1].abs() < (0.1 if name == "noise" else 0.9)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_views_and_epochs_differ_but_batches_do_not_matter(shape):
     change, x = Appearance(AppearanceConfig(appearance=1.0)), images(shape, B=5)

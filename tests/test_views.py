@@ -298,7 +298,7 @@ def test_a_batch_that_does_not_fit_is_refused():
 
 
 def test_reachable_fraction_counts_the_mask_per_axis():
-    flow = torch.tensor([[3.0, 3.1, 0.0, -3.0], [-2.0, 0.0, 2.1, 5.0]]).view(1, 2, 1, 4)
+    flow = torch.tensor([[3.0, -3.1, 0.0, -3.0], [-2.0, 0.0, 2.1, 5.0]]).view(1, 2, 1, 4)
     mask = torch.tensor([True, True, True, False]).view(1, 1, 1, 4)
     assert reachable_fraction(flow, mask, (3, 2)).item() == pytest.approx(1 / 3)
     assert reachable_fraction(flow, mask, (3.1, 2.1)) == 1
