@@ -10,8 +10,8 @@ from cover.unet import CONV
 from cover_kernels import compose, veu, warp
 from cover_kernels.checks import per_axis
 
-# VEU's score for two equal groups at the start. A softmax that starts near uniform gives the mean of its window, not the
-# match: of 3, 11, 25 and 45, the upper two learned fastest, with a third less error than GroupNorm(1) (docs/model.md)
+# VEU's score for two equal groups at the start. A softmax that starts near uniform gives the mean of its window, not
+# the match: of 3, 11, 25 and 45 the upper two learned fastest, with a third less error than GroupNorm(1): docs/model.md
 _SHARPNESS = 25.0
 
 
