@@ -72,6 +72,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_v, _grad_lse):
+    if grad_v is None:
+        return (None,) * 6
     q, k, v, lse, mask = ctx.saved_tensors
     grads = torch.ops.cover_kernels.veu_bwd(grad_v, q, k, v, lse, ctx.window, ctx.heads, ctx.scale, mask)
     return *grads, None, None, None, None
