@@ -94,7 +94,11 @@ def _crop(maps, size, strides):
 def build_model(config: Config) -> COVER:
     """The U-Net and pyramid that `config` describes: `len(config.data.crop)` dimensions, randomly initialised."""
     model = config.model
-    backbone = UNet(len(config.data.crop), config.data.in_channels, model.channels)
+    d = len(config.data.crop)
+    # channels last: the U-Net's step on a CPU takes 0.65 (3D) to 0.75 (2D) of the time
+    backbone = UNet(d, config.data.in_channels, model.channels).to(
+        memory_format=torch.channels_last if d == 2 else torch.channels_last_3d
+    )
     pyramid = VectorPyramid(
         backbone.channels,
         backbone.strides,
