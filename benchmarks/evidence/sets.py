@@ -41,7 +41,7 @@ class DataSet:
 DATA_SETS = {
     "hippocampus": DataSet("hippocampus_msd", "small-3d"),
     "cxr": DataSet("cxr_pneumonia_224", "small-2d", also=("chest_xray_1024",)),
-    "ixi": DataSet("ixi_t1_2mm", "small-3d", {"crop": (40, 48, 40)}),
+    "ixi": DataSet("ixi_t1_2mm", "small-3d", {"crop": (40, 48, 40), "steps": 250}),
 }
 
 VARIANTS = ("full", "single_level", "one_group", "beyond_reach", "con_only")
@@ -91,7 +91,7 @@ class Task:
 TASKS = {
     "hippocampus": Task("hippocampus_msd", "hippocampus", "label", 3, (2, 5, 20), (32, 48, 32), evaluated=20),
     "ixi": Task("ixi_t1_2mm", "ixi", "tissue", 9, (1, 4), (40, 48, 40), evaluated=4),
-    "lungs": Task("cxr_lungs_open", "cxr", "mask", 2, (5, 20), (160, 160), resize=(160, 160), batch=2),
+    "lungs": Task("cxr_lungs_open", "cxr", "mask", 2, (5, 20), (112, 112), resize=(112, 112), batch=2),
 }
 
 INITS = {"cover": "full", "con_only": "con_only", "random": None}  # weights: the variant that they come from
