@@ -4,18 +4,9 @@ import math
 
 import pytest
 import torch
-from operators import DTYPES, compiled_backends
+from operators import DTYPES
 
-import cover_kernels
 from cover_kernels import compose
-
-BACKENDS = [*compiled_backends(), "reference"]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with cover_kernels.use_backend(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -15,12 +15,6 @@ from cover_kernels import veu
 BACKENDS = [*compiled_backends(), "reference"]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with cover_kernels.use_backend(request.param):
-        yield request.param
-
-
 def by_definition(q, k, window, heads, scale, mask):
     """One voxel after another, straight from the formula, in Python floats."""
     B, JC, *S = q.shape

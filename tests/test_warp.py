@@ -13,12 +13,6 @@ from cover_kernels import warp
 BACKENDS = [*compiled_backends(), "reference"]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with cover_kernels.use_backend(request.param):
-        yield request.param
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 @pytest.mark.parametrize(("S", "stride"), [((5, 7), 1), ((6, 4), 2), ((3, 4, 5), 1), ((4, 6, 8), (1, 3, 2))])

@@ -1,0 +1,13 @@
+"""Fixtures that several test files use."""
+
+import operators
+import pytest
+
+import cover_kernels
+
+
+@pytest.fixture(params=[*operators.compiled_backends(), "reference"])
+def backend(request):
+    """Runs a test once on every backend that serves here."""
+    with cover_kernels.use_backend(request.param):
+        yield request.param
