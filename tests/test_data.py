@@ -16,6 +16,7 @@ from cover.data import BatchSampler, DataError, PretrainDataset, open_images, sp
 from cover.data.cache import Cache, Entry
 from cover.data.dataset import cut
 from cover.data.manifest import find
+from cover.data.report import Finding, Report
 
 VOLUME = DataConfig(crop=(8, 6, 4))
 
@@ -59,7 +60,7 @@ ROWS = [("a.npy", "train"), ("b.npy", "test"), ("more/c.npy", "train"), ("more/d
 def test_manifests_choose_by_split(folder, tmp_path, kind):
     path = folder / f"split.{kind}"
     if kind == "csv":
-        path.write_text("﻿id,image,split\n" + "".join(f"1,{image},{split}\n" for image, split in ROWS), "utf-8")
+        path.write_text("\ufeffimage,id,split\n" + "".join(f"{image},1,{split}\n" for image, split in ROWS), "utf-8")
     else:
         path.write_text(json.dumps([{"image": image, "split": split, "age": 3} for image, split in ROWS]))
     assert splits(path) == ("train", "val", "test") and splits(folder) == ()
@@ -108,6 +109,17 @@ def test_unusable_files_are_left_out_or_fatal(folder, tmp_path):
         open_images(folder / "b.npy", VOLUME, cache=tmp_path / "cache")
     with pytest.raises(DataError, match="no usable image among the 0 files"):
         open_images([], VOLUME, cache=tmp_path / "cache")
+
+
+def test_report():
+    problems = tuple(Finding(f"{k}.png", "empty file") for k in range(12))
+    report = Report(12, 0, problems, spacings=((1.0, 2.0, 3.0), (2.0, 1.0, 3.0)))
+    assert str(report).count("empty file") == 12 and "voxel size: 1 x 1 x 3 to 2 x 2 x 3 mm" in str(report)
+    assert report.summary().count("empty file") == 10 and report.summary().endswith(
+        "and 2 more: `cover check` lists all"
+    )
+    one = Report(1, 1, spacings=((1.0, 2.0, 3.0),))
+    assert str(one) == "1 files, 1 usable images, 0 problems\nvoxel size: 1 x 2 x 3 mm"
 
 
 def test_slices_that_are_constant_are_left_out(tmp_path):
