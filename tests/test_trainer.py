@@ -133,6 +133,15 @@ def test_a_second_ctrl_c_acts_at_once():
             time.sleep(1)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_leave_stopping_to_the_main_process(data, tmp_path, number):
+    batches = Trainer(replace(Config(), **SETTINGS | dict(steps=12), workers=1), data, tmp_path / "run").batches()
+    next(batches)
+    (worker,) = batches._workers
+    os.kill(worker.pid, number)
+    assert len(list(batches)) == 11
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_stops_the_run_and_says_all(data, tmp_path, value):
     class Poisoned(Trainer):
@@ -157,8 +166,10 @@ def test_an_infinite_gradient_stops_the_run_too(data, tmp_path):
             # the square root has slope infinity at 0
             return loss + (next(self.model.parameters()).flatten()[0] * 0).abs().sqrt(), metrics
 
-    with pytest.raises(NonFiniteLoss, match="gradient_norm"):
-        Poisoned(replace(Config(), **SETTINGS), data, tmp_path / "run").run()
+    trainer = Poisoned(replace(Config(), **SETTINGS), data, tmp_path / "run")
+    with pytest.raises(NonFiniteLoss, match=r"step 1: .* gradient_norm nan"):
+        trainer.run()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
 def test_collapse_is_reported_once(data, tmp_path):
