@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -27,8 +28,10 @@ from cover.rng import Draws
 from cover.views import ViewMaker, Views, fit_to_reach, reachable_fraction
 from cover_kernels import __version__, backend_info
 
-# feature_variance is 1 for features spread evenly over all directions, 0 when all voxels have the same
-COLLAPSED = 0.05
+# the features have collapsed when, over so many steps, feature_variance (1: all directions, 0: one) is below this and
+# the EPE above this share of that of predicting zero. The variance alone does not tell: L_con by itself brings it to
+# 0.02 within a hundred steps, but runs that learn go through 0.02 as well
+COLLAPSE_STEPS, COLLAPSE_VARIANCE, COLLAPSE_ERROR = 50, 0.05, 0.9
 
 # settings that may differ when a run is resumed: none of them changes the weights or the records
 _FREE = {"workers", "device", "cache", "tensorboard", "log_every", "checkpoint_every", "keep"}
@@ -111,7 +114,8 @@ class Trainer:
         self.config = settings
         self.out = Path(out)
         self.step = 0  # steps done
-        self.collapsed = False  # whether the features were at the last step
+        self.recent = deque(maxlen=COLLAPSE_STEPS)  # (feature_variance, epe, epe_zero) of the last steps
+        self.collapsed = False
         self.device = device_of(settings)
         self.images, self.held_out = self.open_data(data, val)
         torch.manual_seed(settings.train.seed)
@@ -272,11 +276,19 @@ class Trainer:
         }
         self.log.record("train", self.step, metrics)
         self.log.progress(self.step, {name: metrics[name] for name in ("loss", "epe", "samples_per_second")})
-        collapsed = metrics["feature_variance"] < COLLAPSED
+        self.watch_collapse(metrics)
+
+    def watch_collapse(self, metrics: dict[str, float]) -> None:
+        """Warn, once, when all voxels have come to look alike to the network."""
+        self.recent.append([metrics[name] for name in ("feature_variance", "epe", "epe_zero")])
+        variance, error, zero = (sum(values) / len(values) for values in zip(*self.recent, strict=True))
+        full = len(self.recent) == COLLAPSE_STEPS
+        collapsed = full and variance < COLLAPSE_VARIANCE and error > COLLAPSE_ERROR * zero
         if collapsed and not self.collapsed:
             self.log.message(
-                f"warning: the features collapse, their variance is {metrics['feature_variance']:.3g} at step "
-                f"{self.step}: all voxels look alike to the network. Is `vector_weight` 0, or `lr` too large?"
+                f"warning: the features have collapsed: in the {COLLAPSE_STEPS} steps to {self.step} their variance is "
+                f"{variance:.3g}, the EPE {error:.3g} voxels (predicting zero {zero:.3g}). "
+                "Is `vector_weight` too small, or `lr` too large?"
             )
         self.collapsed = collapsed
 

@@ -172,14 +172,20 @@ def test_an_infinite_gradient_stops_the_run_too(data, tmp_path):
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
-def test_collapse_is_reported_once(data, tmp_path):
-    class Collapsed(Trainer):
-        def loss(self, views):
-            loss, metrics = super().loss(views)
-            return loss, metrics | {"feature_variance": loss.new_tensor(0.001)}
+@pytest.mark.parametrize(("variance", "error", "warnings"), [(0.001, 4.0, 1), (0.001, 2.0, 0), (0.5, 4.0, 0)])
+def test_collapse_is_reported_once_and_learning_is_not_taken_for_it(data, tmp_path, variance, error, warnings):
+    trainer = Trainer(replace(Config(), **SETTINGS), data, tmp_path / "run")
+    trainer.begin()
+    with trainer.log:
+        for _ in range(200):
+            trainer.watch_collapse({"feature_variance": variance, "epe": error, "epe_zero": 4.0})
+    assert (tmp_path / "run" / "log.txt").read_text().count("warning: the features have collapsed") == warnings
 
-    Collapsed(replace(Config(), **SETTINGS), data, tmp_path / "run").run()
-    assert (tmp_path / "run" / "log.txt").read_text().count("warning: the features collapse") == 1
+
+def test_a_consistency_loss_alone_collapses_and_is_reported(data, tmp_path):
+    settings = SETTINGS | dict(steps=80, lr=1e-2, vector_weight=0.0, val_fraction=0.0)
+    run = pretrain(data, out=tmp_path / "run", **settings)
+    assert "warning: the features have collapsed" in (run / "log.txt").read_text()
 
 
 # What it refuses
