@@ -127,7 +127,11 @@ struct BFloat16 {
                   : static_cast<uint16_t>((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
   }
 };
+#if defined(__aarch64__)
+using Half = __fp16;  // g++ knows _Float16 there only from version 13 on
+#else
 using Half = _Float16;
+#endif
 
 // Calls f with a null pointer of the storage type.
 template <class F>
