@@ -1,7 +1,6 @@
 """The command `cover`: pretrain, evaluate, visualize, check and presets."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from cover_kernels import __version__
 
 
 class UsageError(Exception):
-    """What was asked for cannot be done; the message is one line for the user."""
+    """What was asked for cannot be done; the message tells the user why."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,5 +145,5 @@ def presets_command(options: argparse.Namespace) -> int:
         return 0
     with user_errors():
         settings = config.replace(preset_config(options.preset), **options.settings)
-    print("\n".join(f"{name}={json.dumps(value)}" for name, value in config.flatten(settings).items()))
+    print("\n".join(f"{name}={config.as_text(value)}" for name, value in config.flatten(settings).items()))
     return 0

@@ -291,6 +291,13 @@ def from_dict(sections: dict[str, dict[str, Any]]) -> Config:
     return replace(Config(), **{name: value for settings in sections.values() for name, value in settings.items()})
 
 
+def as_text(value: Any) -> str:
+    """The value of a setting as `replace` and the command line read it: 96,96,96 or none."""
+    if isinstance(value, tuple):
+        return ",".join(map(as_text, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
 def _coerce(name: str, value: Any) -> Any:
     """`value` as the type of the setting `name`; ValueError where it does not fit."""
     hint = _TYPES[name]

@@ -15,6 +15,7 @@ from cover.config import Config, ModelConfig, replace
 from cover.data import ImageSet, PretrainDataset, open_images
 from cover.losses import epe
 from cover.model import COVER
+from cover.process import ignore_signals
 from cover.rng import Draws
 from cover.views import ViewMaker, fit_to_reach, reachable_fraction
 
@@ -100,8 +101,13 @@ def held_out_batches(images: ImageSet, config: Config, margin: tuple[int, ...], 
     keys = held_out_keys(len(images), samples)
     batches = [keys[k : k + config.train.batch] for k in range(0, len(keys), config.train.batch)]
     dataset = PretrainDataset(images, config.data, margin, HELD_OUT_SEED)
-    # a generator of its own: the global one belongs to the training
-    yield from DataLoader(dataset, batch_sampler=batches, num_workers=config.data.workers, generator=torch.Generator())
+    yield from DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=config.data.workers,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # the global one belongs to the training
+    )
 
 
 @torch.no_grad()
@@ -143,21 +149,30 @@ def evaluate(
     Raises:
         FileNotFoundError: no such run or data. ValueError: a setting or the data cannot be used.
     """
-    trained, config = checkpoint.load_model(Path(run))
+    model, config, views = open_run(run, **settings)
+    images = open_images(data, config.data, split)
+    if samples is None:
+        samples = max(config.train.val_samples, len(images))
+    if samples < 1:
+        raise ValueError(f"evaluate: `samples` must be at least 1, got {samples}")
+    return measure(model, images, views, config, samples)
+
+
+def open_run(run: str | PathLike, **settings: Any) -> tuple[COVER, Config, ViewMaker]:
+    """The model of a run on the device of its settings, those settings with changes, and the maker of their views.
+
+    Raises:
+        FileNotFoundError: no such run. ValueError: a setting does not fit, or would need another network.
+    """
+    model, config = checkpoint.load_model(Path(run))
     changed = replace(config, **settings)
     if changed.model != config.model or changed.data.in_channels != config.data.in_channels:
         fixed = ", ".join([*ModelConfig.__dataclass_fields__, "in_channels"])
-        raise ValueError(f"evaluate: the settings of the trained network ({fixed}) cannot change")
+        raise ValueError(f"config: the settings of the trained network ({fixed}) cannot change")
     if len(changed.data.crop) != len(config.data.crop):
-        raise ValueError(f"evaluate: `crop` must have {len(config.data.crop)} axes, got {changed.data.crop}")
-    images = open_images(data, changed.data, split)
-    if samples is None:
-        samples = max(changed.train.val_samples, len(images))
-    if samples < 1:
-        raise ValueError(f"evaluate: `samples` must be at least 1, got {samples}")
-    dvf = fit_to_reach(changed.dvf, changed.data.crop, trained.pyramid.reach)
-    views = ViewMaker(dvf, changed.appearance, changed.data.crop)
-    return measure(trained.to(device_of(changed)), images, views, changed, samples)
+        raise ValueError(f"config: `crop` must have {len(config.data.crop)} axes, got {changed.data.crop}")
+    dvf = fit_to_reach(changed.dvf, changed.data.crop, model.pyramid.reach)
+    return model.to(device_of(changed)), changed, ViewMaker(dvf, changed.appearance, changed.data.crop)
 
 
 def device_of(config: Config) -> torch.device:

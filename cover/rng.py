@@ -39,7 +39,7 @@ def _mix(x: Tensor) -> Tensor:
 def _normal_table() -> Tensor:
     """Quantiles of the normal distribution, 2^16 steps of equal probability and their end, float32, on the CPU."""
     steps = 2**_TABLE_BITS
-    # the ends would be infinite: they take the median of the outermost half step, 4.3 standard deviations
+    # the ends would be infinite: they take the median of the outermost half step, 4.5 standard deviations
     probability = (torch.arange(steps + 1, dtype=torch.float64) / steps).clamp(0.25 / steps, 1 - 0.25 / steps)
     return torch.special.ndtri(probability).float()
 

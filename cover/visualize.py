@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cover import checkpoint
-from cover.config import replace
 from cover.data import open_images
-from cover.evaluate import HELD_OUT_SEED, device_of, held_out_batches
+from cover.evaluate import HELD_OUT_SEED, held_out_batches, open_run
 from cover.losses import epe
 from cover.model import COVER, Prediction
 from cover.rng import Draws
-from cover.views import ViewMaker, Views, fit_to_reach
+from cover.views import Views
 from cover_kernels import warp
 
 _TRUE, _PREDICTED, _OUTSIDE = "#35c9f5", "#ffa62b", "0.75"
@@ -43,12 +41,9 @@ def visualize(run: str | PathLike, image: str | PathLike, out: str | PathLike | 
     """
     _matplotlib()
     run, image = Path(run), Path(image)
-    model, config = checkpoint.load_model(run)
-    config = replace(config, **settings)
+    model, config, maker = open_run(run, **settings)
     images = open_images([image], config.data)
-    dvf = fit_to_reach(config.dvf, config.data.crop, model.pyramid.reach)
-    maker = ViewMaker(dvf, config.appearance, config.data.crop)
-    device = device_of(config)
+    device = next(model.parameters()).device
     batch = {name: x.to(device) for name, x in next(held_out_batches(images, config, maker.margin, 1)).items()}
     views = maker(batch, Draws(HELD_OUT_SEED, batch["epoch"], batch["index"], device))
     known = [config.data.spacing] if config.data.spacing else images.report.spacings
@@ -56,7 +51,7 @@ def visualize(run: str | PathLike, image: str | PathLike, out: str | PathLike | 
     if out is None:
         folder = run if run.is_dir() else run.parent
         out = folder / "figures" / f"{image.name.split('.')[0]}.png"
-    return figure(model.to(device), views, out, spacing)
+    return figure(model, views, out, spacing)
 
 
 def figure(

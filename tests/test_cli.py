@@ -11,8 +11,8 @@ from tiny import SETTINGS, as_words, volumes
 
 from cover import checkpoint, evaluate
 from cover.cli import main
-from cover.config import flatten, from_dict
-from cover.presets import PRESETS
+from cover.config import Config, flatten, from_dict, replace
+from cover.presets import PRESETS, preset_config
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,14 @@ def test_presets_are_listed_and_shown(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(PRESETS)
     assert main(["presets", "paper-2d", "batch=3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {"window=7", "lr=0.0001", "batch=3", "spacing=null"} <= set(lines)
+    assert {"window=7", "lr=0.0001", "batch=3", "spacing=none", "crop=384,384"} <= set(lines)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_presets_shows_can_be_given_as_settings(capsys, name):
+    assert main(["presets", name]) == 0
+    settings = dict(line.split("=") for line in capsys.readouterr().out.splitlines())
+    assert replace(Config(), **settings) == preset_config(name)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +79,7 @@ def test_presets_are_listed_and_shown(capsys):
         ("evaluate {run} {data} --samples 0", "`samples` must be at least 1"),
         ("evaluate {run} {data} window=5", "settings of the trained network"),
         ("visualize {new} {data}", "no such file or folder"),
+        ("visualize {run} {data}/volume0.npy window=5", "settings of the trained network"),
         ("presets papers", "no preset 'papers'"),
     ],
 )
