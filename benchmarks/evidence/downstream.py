@@ -82,21 +82,20 @@ def load_weights(init: str, task: Task, seed: int, out: Path) -> nn.Module:
 
 
 class Segmenter(nn.Module):
-    """A backbone and a linear classifier per voxel on its feature maps: of every level, or of the finest alone.
+    """A backbone and a linear classifier per voxel on its feature maps of every level.
 
     A 1x1 convolution commutes with upsampling, so that each level is classified first and its few scores upsampled:
     the same as to concatenate all features at full resolution, without ever holding them.
     """
 
-    def __init__(self, backbone: nn.Module, classes: int, all_levels: bool):
+    def __init__(self, backbone: nn.Module, classes: int):
         super().__init__()
         self.backbone = backbone
-        channels = backbone.channels if all_levels else backbone.channels[-1:]
-        self.heads = nn.ModuleList(CONV[len(backbone.strides[0])](c, classes, 1) for c in channels)
+        self.heads = nn.ModuleList(CONV[len(backbone.strides[0])](c, classes, 1) for c in backbone.channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 1, *S] to scores, [B, classes, *S]."""
-        features = self.backbone(x)[-len(self.heads) :]
+        features = self.backbone(x)
         return sum(upsample(head(feature), x.shape[2:]) for head, feature in zip(self.heads, features, strict=True))
 
 
@@ -125,7 +124,7 @@ def fit_probe(backbone: nn.Module, items: list[Labelled], task: Task, seed: int)
 
     Features are standardised on these voxels; the scaling is then folded into the classifier.
     """
-    model = Segmenter(backbone.eval(), task.classes, all_levels=True)
+    model = Segmenter(backbone.eval(), task.classes)
     g = torch.Generator().manual_seed(seed)
     x, y = [], []
     for image, label in items:
@@ -186,10 +185,13 @@ def segmentation_loss(scores: Tensor, label: Tensor) -> Tensor:
     return F.cross_entropy(scores, label, ignore_index=IGNORE) + 1 - dice[1:].mean()
 
 
-def fine_tune(backbone: nn.Module, items: list[Labelled], task: Task, seed: int, steps: int) -> Segmenter:
-    """Train all weights and a fresh linear head on the finest level for `steps` steps, one-cycle Adam."""
-    torch.manual_seed(seed)
-    model = Segmenter(copy.deepcopy(backbone), task.classes, all_levels=False).train()
+def fine_tune(probe: Segmenter, items: list[Labelled], task: Task, seed: int, steps: int) -> Segmenter:
+    """Train all weights for `steps` steps of one-cycle Adam, starting from the fitted probe.
+
+    A fresh head would spend a short schedule on the bias of a rare foreground, and would distort good features on the
+    way (Kumar et al., "Fine-Tuning can Distort Pretrained Features", ICLR 2022). Random weights start in the same way.
+    """
+    model = copy.deepcopy(probe).train()
     optimiser = torch.optim.Adam(model.parameters(), lr=task.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, task.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
@@ -227,11 +229,12 @@ def main(arguments: list[str] | None = None) -> None:
     held_out = read_split(task, args.data, cache, args.rows, task.evaluated)
     backbone = load_weights(args.init, task, args.seed, args.out)
 
-    probe = mean_dice(fit_probe(backbone, train, task, args.seed), held_out, task.classes)
-    print(f"linear probe: Dice {probe:.3f}")
+    probe = fit_probe(backbone, train, task, args.seed)
+    probe_dice = mean_dice(probe, held_out, task.classes)
+    print(f"linear probe: Dice {probe_dice:.3f}", flush=True)
     dice = {}
     for steps in task.schedules:
-        dice[steps] = mean_dice(fine_tune(backbone, train, task, args.seed, steps), held_out, task.classes)
+        dice[steps] = mean_dice(fine_tune(probe, train, task, args.seed, steps), held_out, task.classes)
         print(f"fine-tuning, {steps} steps: Dice {dice[steps]:.3f}", flush=True)
     result = {
         "task": args.task,
@@ -239,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
         "init": args.init,
         "seed": args.seed,
         "images": len(held_out),
-        "probe": probe,
+        "probe": probe_dice,
         "fine_tuning": dice,
     }
     write_result(path, result, started)

@@ -39,8 +39,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def commands(results: Iterable[Result]) -> str:
-    """The commands of the first seed; those of the others differ in `--seed` only."""
-    lines = [result["command"] for result in results if result["seed"] == 0]
+    """The commands of the first seed, less the folders; those of the others differ in `--seed` only."""
+    lines = [re.sub(r" --(data|out)[= ]\S+", "", result["command"]) for result in results if result["seed"] == 0]
     return "Commands (seed 0; the others differ in `--seed`):\n\n```\n" + "\n".join(lines) + "\n```"
 
 
