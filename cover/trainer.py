@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader
 
 from cover import checkpoint, config
 from cover.config import Config
-from cover.data import BatchSampler, ImageSet, PretrainDataset, open_images
-from cover.data.manifest import find
+from cover.data import BatchSampler, ImageSet, PretrainDataset, open_images, splits
 from cover.evaluate import Evaluation, device_of, measure
 from cover.log import RunLog
 from cover.losses import consistency_loss, epe, feature_variance, vector_loss
@@ -97,11 +96,6 @@ def run_config(out: Path, preset: str | None, resume: bool, settings: dict[str, 
     return config.replace(stored, **{name: wanted[name] for name in _FREE & set(settings)})
 
 
-def splits_of(data: Any) -> set[str]:
-    """The splits that a manifest names; empty for data of any other kind."""
-    return {source.split for source in find(data) if source.split}
-
-
 class Trainer:
     """One run. A variant overrides the method that it does differently.
 
@@ -130,11 +124,11 @@ class Trainer:
         """The images to train on and the held-out ones, None where there are none."""
         c = self.config.data
         cache = c.cache or self.out / "cache"
-        splits = splits_of(data)
-        images = open_images(data, c, "train" if splits else None, cache)
+        named = splits(data)
+        images = open_images(data, c, "train" if named else None, cache)
         if val is not None:
-            return images, open_images(val, c, "val" if "val" in splits_of(val) else None, cache)
-        if "val" in splits:
+            return images, open_images(val, c, "val" if "val" in splits(val) else None, cache)
+        if "val" in named:
             return images, open_images(data, c, "val", cache)
         images, held_out = images.split(c.val_fraction, self.config.train.seed)
         return images, held_out if len(held_out) else None
@@ -193,6 +187,7 @@ class Trainer:
         kernels = backend_info()[self.device.type]["backend"]
         versions = f"cover {__version__} with {kernels} kernels, torch {torch.__version__}"
         self.log.message(f"{versions}, {self.device}, {torch.get_num_threads()} threads, run {self.out}")
+        self.log.message(str(self.images.report))
         self.log.message(f"{len(self.images)} images, {held_out}; network of {parameters / 1e6:.2f} M parameters")
         dvf, reach = self.views.dvf.config, tuple(round(r, 1) for r in self.model.pyramid.reach)
         fitted = f"reach of the pyramid {reach} voxels; rotation {dvf.rotation:.3g} degrees, scale {dvf.scale:.3g}"
