@@ -3,6 +3,8 @@
 Each message names the operator and the argument, says what was expected and what came.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,7 @@ def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shap
 
 def per_axis(op: str, name: str, value, d: int) -> list[int]:
     """An int or one int per axis, as a list of d positive ints."""
-    values = [value] * d if isinstance(value, int) else list(value)
+    values = list(value) if isinstance(value, Iterable) else [value] * d
     if len(values) != d or not all(isinstance(v, int) and v >= 1 for v in values):
         raise ValueError(f"{op}: `{name}` must be a positive int or {d} of them, one per spatial axis, got {value!r}")
     return values

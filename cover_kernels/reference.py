@@ -97,7 +97,7 @@ def _corners(position, S, border):
         bits = torch.tensor(corner, device=size.device).view(1, -1, 1)
         index = base.long() + bits
         factor = torch.where(bits == 1, fraction, 1 - fraction)
-        inside = ((index >= 0) & (index < size)).all(1)
+        inside = ((index >= 0) & (index < size)).all(1) | position.isnan().any(1)
         weight = factor.prod(1).masked_fill(~inside, 0)
         slope = torch.stack(
             [

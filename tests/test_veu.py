@@ -163,6 +163,7 @@ def arguments(**changes):
         ({"k": torch.zeros(1, 4, 5, 6, device="meta")}, ValueError, "veu: `k` must be on the device.* got meta"),
         ({"window": 4}, ValueError, "veu: `window` must be odd"),
         ({"window": (3, 3, 3)}, ValueError, r"veu: `window` must be a positive int or 2 of them.* got \(3, 3, 3\)"),
+        ({"window": 3.0}, ValueError, "veu: `window` must be a positive int or 2 of them.* got 3.0"),
         ({"window": -3}, ValueError, "veu: `window` must be a positive int"),
         ({"heads": 3}, ValueError, "veu: `heads` must be a positive int that divides the 4 channels, got 3"),
         ({"heads": 0}, ValueError, "veu: `heads`"),

@@ -108,3 +108,11 @@ def arguments(**changes):
 def test_bad_arguments_are_named(backend, changes, error, message):
     with pytest.raises(error, match=message):
         warp(**arguments(**changes))
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+def test_a_displacement_that_is_nan_along_one_axis_gives_nan_though_the_other_leads_outside(backend, padding):
+    flow = torch.zeros(1, 2, 3, 3)
+    flow[0, :, 1, 1] = torch.tensor([torch.nan, 100.0])
+    y = warp(torch.ones(1, 1, 3, 3), flow, padding=padding).flatten()
+    assert y.isnan().tolist() == [i == 4 for i in range(9)]
