@@ -85,7 +85,11 @@ def truncate(path: Path, step: int) -> None:
     end = 0
     with open(path, "rb") as file:
         for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            try:
+                whole = line.endswith(b"\n") and json.loads(line)["step"] <= step
+            except (ValueError, KeyError):  # a machine that crashed may leave anything behind what was synced
+                whole = False
+            if not whole:
                 break
             end += len(line)
     os.truncate(path, end)

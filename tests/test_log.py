@@ -32,6 +32,14 @@ def test_records_beyond_the_checkpoint_are_dropped_when_a_run_resumes(tmp_path):
     assert [record["step"] for record in log.read(tmp_path, "val")] == [3, 6, 9]
 
 
+def test_what_a_crashed_file_system_left_in_place_of_records_is_cut_off(tmp_path):
+    write(tmp_path, 0, 4)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(bytes(40) + b'"loss": 1.0}\n{}\n')
+    write(tmp_path, 4, 6)
+    assert [record["step"] for record in log.read(tmp_path, "train")] == list(range(1, 7))
+
+
 def test_a_record_cut_at_any_byte_is_dropped_and_the_ones_before_it_stay(tmp_path):
     write(tmp_path, 0, 4)
     whole = (tmp_path / "metrics.jsonl").read_bytes()
