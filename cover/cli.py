@@ -1,6 +1,7 @@
 """The command `cover`: pretrain, evaluate, visualize, check and presets."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done; 1 the run failed, or the check found problems; 2 what was asked for is impossible;
-        128 + n saved and stopped at signal n.
+        128 + n stopped at signal n; a run that was training is saved, unless it was asked twice.
     """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Interrupted as interruption:
         return 128 + interruption.signal  # as a shell says it
+    except KeyboardInterrupt:  # before there was anything to save, or the second one
+        print(f"cover {options.name}: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -92,6 +92,15 @@ def test_a_mistake_of_the_user_is_one_line_and_code_2(run, data, tmp_path, capsy
     assert not new.exists()
 
 
+def test_ctrl_c_with_nothing_to_save_is_no_traceback(data, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cover.cli.check", interrupted)
+    assert main(["check", str(data)]) == 130
+    assert capsys.readouterr().err == "cover check: stopped\n"
+
+
 def test_words_that_argparse_knows_to_be_wrong_give_code_2_too(capsys):
     for words in ([], ["pretrain", "data"], ["evaluate", "run", "data", "--samples", "few"]):
         with pytest.raises(SystemExit) as stopped:

@@ -13,6 +13,8 @@ from tiny import SETTINGS, train, volumes
 
 from cover import checkpoint, load_backbone, log, pretrain
 from cover.config import Config, replace
+from cover.data import open_images
+from cover.evaluate import held_out_batches
 from cover.process import Interrupted, StopSignals
 from cover.trainer import NonFiniteLoss, Trainer
 
@@ -49,7 +51,8 @@ def test_a_run_leaves_what_it_promises(data, tmp_path):
         assert record["reachable_fraction"] > 0.8
         assert record["samples_per_second"] > 0
         assert record["peak_memory_mb"] > 10
-    assert "1 held out" in (run / "log.txt").read_text()
+    text = (run / "log.txt").read_text()
+    assert "1 held out" in text and "0 problems" in text and f"MB in {run / 'cache'}" in text
     json.loads((run / "config.json").read_text())
 
 
@@ -140,6 +143,15 @@ def test_workers_leave_stopping_to_the_main_process(data, tmp_path, number):
     (worker,) = batches._workers
     os.kill(worker.pid, number)
     assert len(list(batches)) == 11
+
+
+def test_so_do_those_of_a_validation(data):
+    config = replace(Config(), **SETTINGS, workers=1)
+    batches = held_out_batches(open_images(data, config.data), config, (0, 0, 0), samples=12)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    assert sum(len(batch["index"]) for batch in batches) == 12 - config.train.batch
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

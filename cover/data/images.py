@@ -30,7 +30,7 @@ class ImageSet:
     Cheap to send to worker processes. Made by `open_images`.
 
     Attributes:
-        report: what was found when the data set was opened.
+        report: what was found when the data set was opened; a split keeps that of the whole.
     """
 
     def __init__(self, files: list[tuple[Source, Entry]], items: np.ndarray, config: DataConfig, cache: Cache | None):
@@ -99,7 +99,9 @@ class ImageSet:
         return self._subset(~held_out), self._subset(held_out)
 
     def _subset(self, chosen: np.ndarray) -> "ImageSet":
-        return ImageSet(self._files, self._items[chosen], self._config, self._cache)
+        subset = ImageSet(self._files, self._items[chosen], self._config, self._cache)
+        subset.report = self.report
+        return subset
 
     def _cached(self, kind, file: int, volume: int) -> np.ndarray:
         source, entry = self._files[file]
