@@ -35,6 +35,7 @@ class RunLog:
 
     def message(self, text: str) -> None:
         """A line for the log and the terminal."""
+        text = text.encode(errors="surrogateescape").decode(errors="replace")  # file names need not be UTF-8
         self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self.text.flush()
         print(("\r\033[K" if self.is_terminal else "") + text, file=self.stream, flush=True)

@@ -86,7 +86,7 @@ def run_config(out: Path, preset: str | None, resume: bool, settings: dict[str, 
         raise FileExistsError(f"pretrain: {out} holds a run; resume it (--resume) or choose another folder")
     try:
         stored = config.from_dict(json.loads(started.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"pretrain: {started} cannot be read: {error}") from error
     wanted = config.flatten(wanted)
     for name, value in config.flatten(stored).items():
@@ -361,4 +361,5 @@ class Trainer:
 
     def fingerprint(self) -> str:
         """What the order of the data depends on: the names of the images."""
-        return hashlib.sha256("\n".join(map(self.images.name, range(len(self.images)))).encode()).hexdigest()
+        names = "\n".join(map(self.images.name, range(len(self.images))))
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()  # file names need not be UTF-8

@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 
 import pytest
+from tiny import SETTINGS, volumes
 
-from cover import log
+from cover import log, pretrain
 from cover.log import RunLog
 
 
@@ -90,3 +92,12 @@ def test_tensorboard_names_its_extra_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install 'cover-vcl\[tensorboard\]'"):
         RunLog(tmp_path, 0, 1, 1, tensorboard=True)
+
+
+def test_a_run_on_files_whose_names_are_not_utf8_is_logged_and_saved(tmp_path):
+    data = volumes(tmp_path / "data")
+    (data / "volume0.npy").rename(os.fsdecode(os.fsencode(data) + b"/volume\xff.npy"))
+    run = pretrain(data, out=tmp_path / "run", **SETTINGS)
+    with RunLog(run, 6, 10, 2, stream=io.TextIOWrapper(io.BytesIO(), encoding="utf-8")) as messages:
+        messages.message("volume\udcff.npy is bad")
+    assert "volume\ufffd.npy is bad" in (run / "log.txt").read_text(encoding="utf-8")
