@@ -96,6 +96,7 @@ def figure(
         for part, panel in zip(np.ravel(strip.subfigures(1, len(row))), row, strict=True):
             _draw(part, panel, planes, "voxels" if spacing is None else "mm")
     path = Path(path)
+    path = path if path.suffix else path.with_name(f"{path.name}.png")  # as matplotlib would, but without saying so
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.savefig(path, dpi=110)
     return path

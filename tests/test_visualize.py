@@ -105,3 +105,8 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     with pytest.raises(ImportError, match=r"pip install 'cover-vcl\[plot\]'"):
         figure(*model_and_views(12, 9), tmp_path / "figure.png")
+
+
+def test_a_figure_without_a_suffix_is_a_png_and_its_path_is_the_one_that_is_returned(tmp_path):
+    path = figure(*model_and_views(12, 9), tmp_path / "figure")
+    assert path == tmp_path / "figure.png" and path.is_file()
