@@ -6,7 +6,9 @@ that runs of one seed differ in their initial weights only.
 
 import copy
 import csv
+import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -104,19 +106,51 @@ def upsample(x: Tensor, size: tuple[int, ...]) -> Tensor:
     return x if x.shape[2:] == size else F.interpolate(x, size, mode=LINEAR[len(size)])
 
 
+def tiles(size: tuple[int, ...], tile: tuple[int, ...] | None) -> Iterator[tuple[slice, ...]]:
+    """Windows of the size `tile` that cover an image, evenly spaced; None: one window, the whole image.
+
+    GroupNorm sees all of its input: a network trained on small crops of a large image must be used on such crops.
+    """
+    starts = []
+    for n, t in zip(size, tile or size, strict=True):
+        starts.append(np.linspace(0, n - t, -(-n // t)).round().astype(int).tolist())
+    for corner in itertools.product(*starts):
+        yield tuple(slice(i, i + t) for i, t in zip(corner, tile or size, strict=True))
+
+
 @torch.no_grad()
-def mean_dice(model: Segmenter, items: list[Labelled], classes: int) -> float:
+def mean_dice(model: Segmenter, items: list[Labelled], task: Task) -> float:
     """Dice over the foreground classes that an image has, averaged over them and then over the images."""
     model.eval()
-    scores = []
+    dice = []
     for image, label in items:
-        predicted = model(image[None])[0].argmax(0)[label != IGNORE]
-        label = label[label != IGNORE]
-        both = torch.bincount(label[label == predicted], minlength=classes)
-        sizes = [torch.bincount(x, minlength=classes) for x in (label, predicted)]
-        present = sizes[0][1:] > 0
-        scores.append((2 * both / sum(sizes).clamp(min=1))[1:][present].mean())
-    return torch.stack(scores).mean().item()
+        scores = torch.zeros(task.classes, *label.shape)
+        for window in tiles(label.shape, task.tile):
+            scores[(slice(None), *window)] += model(image[(None, slice(None), *window)])[0]
+        predicted, label = scores.argmax(0)[label != IGNORE], label[label != IGNORE]
+        both = torch.bincount(label[label == predicted], minlength=task.classes)
+        true, claimed = (torch.bincount(x, minlength=task.classes) for x in (label, predicted))
+        present = true[1:] > 0
+        dice.append((2 * both / (true + claimed).clamp(min=1))[1:][present].mean())
+    return torch.stack(dice).mean().item()
+
+
+@torch.no_grad()
+def draw_features(backbone: nn.Module, items: list[Labelled], task: Task, seed: int) -> tuple[Tensor, Tensor]:
+    """Features of all levels and classes of voxels drawn evenly from `items`: [n, F], [n], n about `task.samples`."""
+    g = torch.Generator().manual_seed(seed)
+    x, y = [], []
+    for image, label in items:
+        windows = list(tiles(label.shape, task.tile))
+        for window in windows:
+            classes = label[window].flatten()
+            known = (classes != IGNORE).nonzero().flatten()
+            chosen = known[torch.randperm(len(known), generator=g)[: task.samples // (len(items) * len(windows))]]
+            size = label[window].shape
+            maps = backbone(image[(None, slice(None), *window)])
+            x.append(torch.cat([upsample(f, size)[0].flatten(1)[:, chosen] for f in maps]).T)
+            y.append(classes[chosen])
+    return torch.cat(x), torch.cat(y)
 
 
 def fit_probe(backbone: nn.Module, items: list[Labelled], task: Task, seed: int) -> Segmenter:
@@ -125,16 +159,7 @@ def fit_probe(backbone: nn.Module, items: list[Labelled], task: Task, seed: int)
     Features are standardised on these voxels; the scaling is then folded into the classifier.
     """
     model = Segmenter(backbone.eval(), task.classes)
-    g = torch.Generator().manual_seed(seed)
-    x, y = [], []
-    for image, label in items:
-        known = (label.flatten() != IGNORE).nonzero().flatten()
-        chosen = known[torch.randperm(len(known), generator=g)[: task.samples // len(items)]]
-        with torch.no_grad():
-            maps = backbone(image[None])
-            x.append(torch.cat([upsample(f, label.shape)[0].flatten(1)[:, chosen] for f in maps]).T)
-        y.append(label.flatten()[chosen])
-    x, y = torch.cat(x), torch.cat(y)
+    x, y = draw_features(backbone, items, task, seed)
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)  # a collapsed feature must not be blown up
     x = (x - mean) / std
 
@@ -230,11 +255,11 @@ def main(arguments: list[str] | None = None) -> None:
     backbone = load_weights(args.init, task, args.seed, args.out)
 
     probe = fit_probe(backbone, train, task, args.seed)
-    probe_dice = mean_dice(probe, held_out, task.classes)
+    probe_dice = mean_dice(probe, held_out, task)
     print(f"linear probe: Dice {probe_dice:.3f}", flush=True)
     dice = {}
     for steps in task.schedules:
-        dice[steps] = mean_dice(fine_tune(probe, train, task, args.seed, steps), held_out, task.classes)
+        dice[steps] = mean_dice(fine_tune(probe, train, task, args.seed, steps), held_out, task)
         print(f"fine-tuning, {steps} steps: Dice {dice[steps]:.3f}", flush=True)
     result = {
         "task": args.task,

@@ -80,6 +80,7 @@ class Task:
     labels: tuple[int, ...]  # numbers of training images
     crop: tuple[int, ...]  # of fine-tuning
     resize: tuple[int, int] | None = None  # 2D: (H, W)
+    tile: tuple[int, ...] | None = None  # window of the probe and of inference; None: the whole image
     batch: int = 1
     lr: float = 3e-3  # of fine-tuning
     schedules: tuple[int, ...] = (60, 200, 600)  # steps
@@ -89,8 +90,8 @@ class Task:
 
 
 TASKS = {
-    "hippocampus": Task("hippocampus_msd", "hippocampus", "label", 3, (2, 5, 20), (24, 40, 24), evaluated=20),
-    "ixi": Task("ixi_t1_2mm", "ixi", "tissue", 9, (1, 4), (32, 32, 32), evaluated=4),
+    "hippocampus": Task("hippocampus_msd", "hippocampus", "label", 3, (2, 5, 20), (32, 48, 32), evaluated=20),
+    "ixi": Task("ixi_t1_2mm", "ixi", "tissue", 9, (1, 4), (32, 40, 32), tile=(32, 40, 32), evaluated=4),
     "lungs": Task("cxr_lungs_open", "cxr", "mask", 2, (5, 20), (112, 112), resize=(112, 112), batch=2),
 }
 
