@@ -5,12 +5,12 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-BIN := $(VENV)/bin
+BIN := $(abspath $(VENV))/bin
 
 .PHONY: demo test lint format bench clean
 
-# the compiled wheel, built without isolation against the torch of the environment, is what demo, tests and
-# benchmarks run: not the tree
+# The compiled wheel, built without isolation against the torch of the environment, is what demo, tests and
+# benchmarks run. They start in other folders, since Python would import the tree from this one.
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard cover_kernels/*.py cover/*.py cover/*/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel ninja numpy
@@ -20,13 +20,13 @@ $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard cover
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/python -P -m cover.demo
+	cd $(VENV) && $(BIN)/python -m cover.demo --out $(CURDIR)/runs/demo
 
 test: $(VENV)/installed
-	$(BIN)/pytest
+	cd tests && $(BIN)/pytest
 
 bench: $(VENV)/installed
-	$(BIN)/pytest benchmarks/bench_operators.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	cd benchmarks && $(BIN)/pytest bench_operators.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 $(VENV)/lint: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
