@@ -1,6 +1,5 @@
 """The scripts of the evidence: what they measure, and one tiny run from images to tables."""
 
-import dataclasses
 import json
 import sys
 import time
@@ -55,7 +54,7 @@ def test_probe_separates_what_is_separable_whatever_the_scale_of_the_features():
     features = torch.cat([(label == k).float()[None] * 10.0**k + 100 for k in range(3)])
     items = [Labelled(features, label)]
     model = downstream.fit_probe(Backbone(3, 3), items, TASK, seed=0)
-    assert downstream.mean_dice(model, items, TASK) == 1
+    assert downstream.mean_dice(model, items, 3) == 1
 
 
 def test_probe_never_sees_padding():
@@ -65,7 +64,7 @@ def test_probe_never_sees_padding():
     padded = label.clone()
     padded[4:] = IGNORE
     model = downstream.fit_probe(Backbone(1, 3), [Labelled(image, padded)], TASK, seed=0)
-    assert downstream.mean_dice(model, [Labelled(image, padded)], TASK) > 0.9
+    assert downstream.mean_dice(model, [Labelled(image, padded)], 3) > 0.9
 
 
 class Answer(nn.Module):
@@ -87,23 +86,7 @@ class Answer(nn.Module):
 )
 def test_mean_dice(predicted, label, dice):
     item = Labelled(torch.tensor([[predicted]]).float(), torch.tensor([label]))
-    assert downstream.mean_dice(Answer(), [item], TASK) == pytest.approx(dice)
-
-
-@pytest.mark.parametrize(("size", "tile"), [((7, 8), (4, 3)), ((5, 6, 4), (5, 2, 3)), ((6, 6), None)])
-def test_tiles_cover_the_image(size, tile):
-    covered = torch.zeros(size)
-    for window in downstream.tiles(size, tile):
-        assert covered[window].shape == (tile or size)
-        covered[window] += 1
-    assert covered.min() == 1
-
-
-def test_dice_does_not_depend_on_tiles_where_the_network_is_local():
-    label = torch.randint(0, 3, (1, 9, 7))
-    item = Labelled(torch.where(torch.rand(1, 9, 7) < 0.3, 0, label).float(), label[0])
-    whole, tiled = (downstream.mean_dice(Answer(), [item], dataclasses.replace(TASK, tile=t)) for t in (None, (4, 3)))
-    assert whole == tiled and 0 < whole < 1
+    assert downstream.mean_dice(Answer(), [item], 3) == pytest.approx(dice)
 
 
 def test_segmentation_loss_vanishes_for_the_truth_and_ignores_padding():

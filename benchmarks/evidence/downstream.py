@@ -6,9 +6,7 @@ that runs of one seed differ in their initial weights only.
 
 import copy
 import csv
-import itertools
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +42,7 @@ def read_split(
     The first `count` of the manifest, or of the permutation that `seed` gives; None: all.
     """
     manifest = data / task.folder / "split.csv"
-    config = DATA_SETS[task.pretrained_on].config(resize=task.resize)
+    config = DATA_SETS[task.pretrained_on].config()
     images = open_images(manifest, config.data, split, cache)
     with manifest.open(newline="") as file:
         labels = {row["image"]: manifest.parent / row[task.column] for row in csv.DictReader(file)}
@@ -54,7 +52,9 @@ def read_split(
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     items = []
     for i in order[:count].tolist():
-        image, label = torch.from_numpy(images.read(i)), read_label(labels[images.name(i)], task)
+        image = torch.from_numpy(images.read(i))
+        label = read_label(labels[images.name(i)])
+        label = F.interpolate(label[None, None].float(), image.shape[1:], mode="nearest-exact")[0, 0].long()
         sizes = [-(-max(n, c) // m) * m for n, c, m in zip(label.shape, task.crop, multiple, strict=True)]
         missing = [size - n for n, size in zip(label.shape, sizes, strict=True)]
         padding = [n for after in reversed(missing) for n in (0, after)]
@@ -63,14 +63,12 @@ def read_split(
     return items
 
 
-def read_label(path: Path, task: Task) -> Tensor:
-    """The classes in a file, int64 [*S], voxel for voxel those of the image as `open_images` gives it."""
+def read_label(path: Path) -> Tensor:
+    """The classes in a file, int64 [*S], its axes those of the image as `open_images` gives it."""
     if path.suffix == ".png":
         import cv2
 
-        mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-        mask = cv2.resize(mask, task.resize[::-1], interpolation=cv2.INTER_NEAREST)
-        return torch.from_numpy(mask > 127).long()
+        return torch.from_numpy(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) > 127).long()
     canonical = nibabel.as_closest_canonical(nibabel.load(path))
     return torch.from_numpy(np.asarray(canonical.dataobj).round().astype(np.int64))
 
@@ -106,30 +104,16 @@ def upsample(x: Tensor, size: tuple[int, ...]) -> Tensor:
     return x if x.shape[2:] == size else F.interpolate(x, size, mode=LINEAR[len(size)])
 
 
-def tiles(size: tuple[int, ...], tile: tuple[int, ...] | None) -> Iterator[tuple[slice, ...]]:
-    """Windows of the size `tile` that cover an image, evenly spaced; None: one window, the whole image.
-
-    GroupNorm sees all of its input: a network trained on small crops of a large image must be used on such crops.
-    """
-    starts = []
-    for n, t in zip(size, tile or size, strict=True):
-        starts.append(np.linspace(0, n - t, -(-n // t)).round().astype(int).tolist())
-    for corner in itertools.product(*starts):
-        yield tuple(slice(i, i + t) for i, t in zip(corner, tile or size, strict=True))
-
-
 @torch.no_grad()
-def mean_dice(model: Segmenter, items: list[Labelled], task: Task) -> float:
+def mean_dice(model: Segmenter, items: list[Labelled], classes: int) -> float:
     """Dice over the foreground classes that an image has, averaged over them and then over the images."""
     model.eval()
     dice = []
     for image, label in items:
-        scores = torch.zeros(task.classes, *label.shape)
-        for window in tiles(label.shape, task.tile):
-            scores[(slice(None), *window)] += model(image[(None, slice(None), *window)])[0]
-        predicted, label = scores.argmax(0)[label != IGNORE], label[label != IGNORE]
-        both = torch.bincount(label[label == predicted], minlength=task.classes)
-        true, claimed = (torch.bincount(x, minlength=task.classes) for x in (label, predicted))
+        predicted = model(image[None])[0].argmax(0)[label != IGNORE]
+        label = label[label != IGNORE]
+        both = torch.bincount(label[label == predicted], minlength=classes)
+        true, claimed = (torch.bincount(x, minlength=classes) for x in (label, predicted))
         present = true[1:] > 0
         dice.append((2 * both / (true + claimed).clamp(min=1))[1:][present].mean())
     return torch.stack(dice).mean().item()
@@ -141,15 +125,11 @@ def draw_features(backbone: nn.Module, items: list[Labelled], task: Task, seed: 
     g = torch.Generator().manual_seed(seed)
     x, y = [], []
     for image, label in items:
-        windows = list(tiles(label.shape, task.tile))
-        for window in windows:
-            classes = label[window].flatten()
-            known = (classes != IGNORE).nonzero().flatten()
-            chosen = known[torch.randperm(len(known), generator=g)[: task.samples // (len(items) * len(windows))]]
-            size = label[window].shape
-            maps = backbone(image[(None, slice(None), *window)])
-            x.append(torch.cat([upsample(f, size)[0].flatten(1)[:, chosen] for f in maps]).T)
-            y.append(classes[chosen])
+        known = (label.flatten() != IGNORE).nonzero().flatten()
+        chosen = known[torch.randperm(len(known), generator=g)[: task.samples // len(items)]]
+        maps = backbone(image[None])
+        x.append(torch.cat([upsample(f, label.shape)[0].flatten(1)[:, chosen] for f in maps]).T)
+        y.append(label.flatten()[chosen])
     return torch.cat(x), torch.cat(y)
 
 
@@ -255,11 +235,11 @@ def main(arguments: list[str] | None = None) -> None:
     backbone = load_weights(args.init, task, args.seed, args.out)
 
     probe = fit_probe(backbone, train, task, args.seed)
-    probe_dice = mean_dice(probe, held_out, task)
+    probe_dice = mean_dice(probe, held_out, task.classes)
     print(f"linear probe: Dice {probe_dice:.3f}", flush=True)
     dice = {}
     for steps in task.schedules:
-        dice[steps] = mean_dice(fine_tune(probe, train, task, args.seed, steps), held_out, task)
+        dice[steps] = mean_dice(fine_tune(probe, train, task, args.seed, steps), held_out, task.classes)
         print(f"fine-tuning, {steps} steps: Dice {dice[steps]:.3f}", flush=True)
     result = {
         "task": args.task,

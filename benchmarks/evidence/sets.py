@@ -41,7 +41,8 @@ class DataSet:
 DATA_SETS = {
     "hippocampus": DataSet("hippocampus_msd", "small-3d"),
     "cxr": DataSet("cxr_pneumonia_224", "small-2d", also=("chest_xray_1024",)),
-    "ixi": DataSet("ixi_t1_2mm", "small-3d", {"crop": (40, 48, 40), "steps": 250}),
+    # GroupNorm sees all of its input: at 5 mm a head fits into one crop, so that training and use agree
+    "ixi": DataSet("ixi_t1_2mm", "small-3d", {"spacing": (5.0, 5.0, 5.0), "crop": (40, 48, 48), "steps": 250}),
 }
 
 VARIANTS = ("full", "single_level", "one_group", "beyond_reach", "con_only")
@@ -79,8 +80,6 @@ class Task:
     classes: int  # background included
     labels: tuple[int, ...]  # numbers of training images
     crop: tuple[int, ...]  # of fine-tuning
-    resize: tuple[int, int] | None = None  # 2D: (H, W)
-    tile: tuple[int, ...] | None = None  # window of the probe and of inference; None: the whole image
     batch: int = 1
     lr: float = 3e-3  # of fine-tuning
     schedules: tuple[int, ...] = (60, 200, 600)  # steps
@@ -91,8 +90,8 @@ class Task:
 
 TASKS = {
     "hippocampus": Task("hippocampus_msd", "hippocampus", "label", 3, (2, 5, 20), (32, 48, 32), evaluated=20),
-    "ixi": Task("ixi_t1_2mm", "ixi", "tissue", 9, (1, 4), (32, 40, 32), tile=(32, 40, 32), evaluated=4),
-    "lungs": Task("cxr_lungs_open", "cxr", "mask", 2, (5, 20), (112, 112), resize=(112, 112), batch=2),
+    "ixi": Task("ixi_t1_2mm", "ixi", "tissue", 9, (1, 4), (40, 48, 48), lr=1e-3),
+    "lungs": Task("cxr_lungs_open", "cxr", "mask", 2, (5, 20), (112, 112), batch=2),
 }
 
 INITS = {"cover": "full", "con_only": "con_only", "random": None}  # weights: the variant that they come from
