@@ -89,7 +89,7 @@ PRESETS: dict[str, tuple[str, dict]] = {
             "nonrigid": 2.0,
             "val_fraction": 0.0,
             "lr": 3e-3,
-            "steps": 300,
+            "steps": 220,
             "batch": 2,
         },
     ),
