@@ -9,6 +9,7 @@ from pathlib import Path
 from cover import config
 from cover.data import DataError, check
 from cover.evaluate import evaluate
+from cover.log import RunInUse
 from cover.presets import PRESETS, preset_config
 from cover.process import Interrupted
 from cover.trainer import NonFiniteLoss, Trainer, run_config
@@ -114,7 +115,10 @@ def pretrain_command(options: argparse.Namespace) -> int:
     with user_errors():
         settings = run_config(out, options.preset, options.resume, options.settings)
         trainer = Trainer(settings, options.data, out, options.val)
-    trainer.run()
+    try:
+        trainer.run()
+    except RunInUse as error:
+        raise UsageError(str(error)) from error
     return 0
 
 

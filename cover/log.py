@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl (every record), log.txt, the terminal and, when asked, TensorBoard."""
 
+import fcntl
 import json
 import math
 import os
@@ -9,8 +10,14 @@ from pathlib import Path
 from typing import TextIO
 
 
+class RunInUse(RuntimeError):
+    """Another process trains in the folder of this run."""
+
+
 class RunLog:
     """Writes the records and messages of the run in the folder `out`, which must exist.
+
+    Raises RunInUse while another process writes there.
 
     Args:
         out: the run's folder; the log goes on in `metrics.jsonl`, `log.txt` and `tensorboard/`.
@@ -28,10 +35,15 @@ class RunLog:
         self.is_terminal = self.stream.isatty()
         self.first, self.steps, self.every = step, steps, every
         self.began = time.monotonic()
+        self.text = open(out / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        try:
+            # of this process alone: workers that outlive a killed run do not keep it from being resumed
+            fcntl.lockf(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunInUse(f"pretrain: another process is at work on the run in {out}") from error
         self.board = _tensorboard(out / "tensorboard", step) if tensorboard else None
         truncate(out / "metrics.jsonl", step)
-        self.metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-        self.text = open(out / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
+        self.metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
 
     def message(self, text: str) -> None:
         """A line for the log and the terminal."""

@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from tiny import SETTINGS, volumes
 
 from cover import log, pretrain
-from cover.log import RunLog
+from cover.log import RunLog, read
 
 
 class Terminal(io.StringIO):
@@ -101,3 +103,14 @@ def test_a_run_on_files_whose_names_are_not_utf8_is_logged_and_saved(tmp_path):
     with RunLog(run, 6, 10, 2, stream=io.TextIOWrapper(io.BytesIO(), encoding="utf-8")) as messages:
         messages.message("volume\udcff.npy is bad")
     assert "volume\ufffd.npy is bad" in (run / "log.txt").read_text(encoding="utf-8")
+
+
+def test_a_second_process_on_the_same_run_is_refused(tmp_path):
+    script = "import sys, pathlib; from cover.log import RunLog; RunLog(pathlib.Path(sys.argv[1]), 0, 1, 1)"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with RunLog(tmp_path, 0, 5, 1) as log:
+        log.record("train", 1, {"loss": 1.0})
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert second.returncode != 0 and "RunInUse" in second.stderr and str(tmp_path) in second.stderr
+    assert len(read(tmp_path, "train")) == 1  # the second one has cut nothing
+    assert subprocess.run(command).returncode == 0  # free again
