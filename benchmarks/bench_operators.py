@@ -94,9 +94,8 @@ def test_operator(benchmark, operator, name, which, who):
 
 def test_ratios_of_the_medians(capsys):
     with capsys.disabled():
-        print(
-            f"\n\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        )
+        machine = platform.processor() or platform.machine()
+        print(f"\n\n{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}")
         print(f"cover_kernels {cover_kernels.__version__}: {cover_kernels.backend_info()['cpu']['reason']}")
         for operator, name, which in ROWS:
             pair = [medians.get((operator, name, which, who)) for who in ("cover", "eager")]
