@@ -1,5 +1,9 @@
 """What holds for every operator: agreement of the backends, gradients, registration, compilation, determinism."""
 
+import os
+import subprocess
+import sys
+
 import operators
 import pytest
 import torch
@@ -163,10 +167,6 @@ def test_autocast(dtype):
 @pytest.mark.parametrize("isa", ["avx2", "generic"])
 def test_every_instruction_set_agrees(isa, tmp_path):
     """In a process each, since the choice is made once: the other instruction sets give what this one gives."""
-    import os
-    import subprocess
-    import sys
-
     script = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); from operators import *;"
         "torch.save([run(*sample_inputs(o, c, torch.float32), 'cpu') for o, c in PARAMETERS], sys.argv[2])"
