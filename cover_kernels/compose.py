@@ -44,10 +44,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y):
-    return *torch.ops.cover_kernels.compose_bwd(grad_y, *ctx.saved_tensors, ctx.stride), None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    grads = torch.ops.cover_kernels.compose_bwd(grad_y, *ctx.saved_tensors, ctx.stride, deterministic)
+    return *grads, None
 
 
-def _bwd_fake(grad_y, flow, residual, stride):
+def _bwd_fake(grad_y, flow, residual, stride, deterministic):
     return flow.new_empty(flow.shape), residual.new_empty(residual.shape)
 
 

@@ -1,7 +1,8 @@
 """The specification: every operator in plain torch, without tricks, on any device, also in float64.
 
 Shapes are those of `schemas.py`. Sums over a window or over the corners of a cell are loops, so that each line
-can be read against the formulas in docs/derivations.md. It is also what runs where nothing was compiled.
+can be read against the formulas in docs/derivations.md. It is also what runs where nothing was compiled. Argument
+`deterministic` is for compiled backends: torch's own operators obey the global setting that it is taken from.
 """
 
 from itertools import product
@@ -175,7 +176,7 @@ def warp_fwd(x, flow, stride, border):
     return _sample(image, position, border).to(x.dtype)
 
 
-def warp_bwd(grad_y, x, flow, stride, border):
+def warp_bwd(grad_y, x, flow, stride, border, deterministic):
     image, field, position = _warp_operands(x, flow, stride)
     grad_x, grad_u = _sample_bwd(grad_y.to(image.dtype), image, position, border)
     return grad_x.to(x.dtype), _upsample_bwd(grad_u, field, stride).to(flow.dtype, copy=True)
@@ -193,7 +194,7 @@ def compose_fwd(flow, residual, stride):
     return (w + _stride(stride, w) * _sample(field, position, border=True)).to(residual.dtype)
 
 
-def compose_bwd(grad_y, flow, residual, stride):
+def compose_bwd(grad_y, flow, residual, stride, deterministic):
     field, w, position = _compose_operands(flow, residual, stride)
     grad_y = grad_y.to(w.dtype)
     s = _stride(stride, w)

@@ -14,12 +14,12 @@ SCHEMAS = {
     "Tensor? mask) -> (Tensor grad_q, Tensor grad_k)",
     # x [B, C, *S], flow [B, d, *(S / stride)] -> y [B, C, *S]
     "warp_fwd": "(Tensor x, Tensor flow, int[] stride, bool border) -> Tensor y",
-    # grad_y [B, C, *S] -> grad_x [B, C, *S], grad_flow [B, d, *(S / stride)]
-    "warp_bwd": "(Tensor grad_y, Tensor x, Tensor flow, int[] stride, bool border) -> "
+    # deterministic: the same bits in every run; grad_y [B, C, *S] -> grad_x [B, C, *S], grad_flow [B, d, *(S / stride)]
+    "warp_bwd": "(Tensor grad_y, Tensor x, Tensor flow, int[] stride, bool border, bool deterministic) -> "
     "(Tensor grad_x, Tensor grad_flow)",
     # flow [B, d, *(S / stride)], residual [B, d, *S] -> y [B, d, *S]
     "compose_fwd": "(Tensor flow, Tensor residual, int[] stride) -> Tensor y",
     # grad_y [B, d, *S] -> grad_flow [B, d, *(S / stride)], grad_residual [B, d, *S]
-    "compose_bwd": "(Tensor grad_y, Tensor flow, Tensor residual, int[] stride) -> "
+    "compose_bwd": "(Tensor grad_y, Tensor flow, Tensor residual, int[] stride, bool deterministic) -> "
     "(Tensor grad_flow, Tensor grad_residual)",
 }

@@ -46,10 +46,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y):
-    return *torch.ops.cover_kernels.warp_bwd(grad_y, *ctx.saved_tensors, ctx.stride, ctx.border), None, None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    grads = torch.ops.cover_kernels.warp_bwd(grad_y, *ctx.saved_tensors, ctx.stride, ctx.border, deterministic)
+    return *grads, None, None
 
 
-def _bwd_fake(grad_y, x, flow, stride, border):
+def _bwd_fake(grad_y, x, flow, stride, border, deterministic):
     return x.new_empty(x.shape), flow.new_empty(flow.shape)
 
 

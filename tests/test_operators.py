@@ -87,8 +87,9 @@ def raw_arguments(operator, case, dtype=torch.float32):
     forward = (*tensors, *extra[operator])
     outputs = getattr(torch.ops.cover_kernels, f"{operator}_fwd")(*forward)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    saved = (*tensors, *outputs) if operator == "veu" else tensors
-    return forward, (torch.randn_like(outputs[0]), *saved, *extra[operator])
+    saved = (*tensors, *outputs) if operator == "veu" else (*tensors,)
+    deterministic = () if operator == "veu" else (True,)
+    return forward, (torch.randn_like(outputs[0]), *saved, *extra[operator], *deterministic)
 
 
 @pytest.mark.parametrize(

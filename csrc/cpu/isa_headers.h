@@ -11,4 +11,5 @@
 #include <new>
 #include <type_traits>
 
-#include "kernels.h"
+#include "../kernels.h"
+#include "parallel.h"

@@ -1,5 +1,6 @@
-// The choice of an instruction set, made once, when the first operator runs.
-#include "kernels.h"
+// The choice of an instruction set, made once, when the first operator runs: the widest that this processor has;
+// COVER_KERNELS_ISA = avx512, avx2 or generic forces one.
+#include "../kernels.h"
 
 #include <cstdlib>
 #include <stdexcept>

@@ -1,4 +1,4 @@
-// The CPU kernels as the host sees them: plain pointers and sizes, no torch.
+// The operators' arguments, and a backend's table of kernels: plain pointers and sizes, no torch.
 //
 // Shape legend (docs/derivations.md): B batch, J vector groups (heads), C channels of one group, d spatial
 // dimensions, S = (D, H, W) spatial shape, N window width, r = (N - 1) / 2. A 2D problem is a 3D one with D = 1 and
@@ -10,17 +10,6 @@
 namespace cover {
 
 enum class Dtype { f64, f32, bf16, f16 };
-
-// Runs body(begin, end, context) over disjoint ranges that cover [0, n), on the host's threads.
-// The host defines it: the torch binding with at::parallel_for, a test harness with a plain loop.
-void parallel_for(int64_t n, void (*body)(int64_t begin, int64_t end, const void* context), const void* context);
-
-template <class F>
-void parallel_for(int64_t n, const F& f) {
-  parallel_for(
-      n, [](int64_t begin, int64_t end, const void* context) { (*static_cast<const F*>(context))(begin, end); },
-      static_cast<const void*>(&f));
-}
 
 struct Veu {
   Dtype dtype;  // of q, k and their gradients
@@ -48,6 +37,7 @@ struct Warp {
   const void* grad_y;       // [B, C, *S]     backward only, as are the two below
   void* grad_x;             // [B, C, *S]
   void* grad_flow;          // [B, d, *(S / stride)]
+  bool deterministic;       // the same bits in every run, which the CPU gives anyway
 };
 
 struct Compose {
@@ -60,11 +50,12 @@ struct Compose {
   const void* grad_y;    // [B, d, *S]     backward only, as are the two below
   void* grad_flow;       // [B, d, *(S / stride)]
   void* grad_residual;   // [B, d, *S]
+  bool deterministic;    // as for Warp
 };
 
-// One instruction set's implementation of every operator.
+// One implementation of every operator: an instruction set of the CPU, or a GPU.
 struct Kernels {
-  const char* isa;
+  const char* name;
   void (*veu_fwd)(const Veu&);
   void (*veu_bwd)(const Veu&);
   void (*warp_fwd)(const Warp&);
@@ -73,8 +64,7 @@ struct Kernels {
   void (*compose_bwd)(const Compose&);
 };
 
-// The widest instruction set that this processor has; COVER_KERNELS_ISA = avx512, avx2 or generic forces one.
-// Throws std::runtime_error if the forced one is unknown or beyond this processor.
+// The implementation that serves this machine. Throws std::runtime_error where there is none.
 const Kernels& kernels();
 
 }  // namespace cover
