@@ -24,6 +24,7 @@ struct Veu {
   const void* grad_v;  // [B, d, *S] acc      backward only, as are the two below
   void* grad_q;        // [B, J*C, *S]
   void* grad_k;        // [B, J*C, *S]
+  void* workspace;     // as many bytes as Kernels::veu_bwd_workspace says, aligned to 16, of any content
 };
 
 struct Warp {
@@ -38,6 +39,7 @@ struct Warp {
   void* grad_x;             // [B, C, *S]
   void* grad_flow;          // [B, d, *(S / stride)]
   bool deterministic;       // the same bits in every run, which the CPU gives anyway
+  void* workspace;          // as for Veu
 };
 
 struct Compose {
@@ -51,6 +53,7 @@ struct Compose {
   void* grad_flow;       // [B, d, *(S / stride)]
   void* grad_residual;   // [B, d, *S]
   bool deterministic;    // as for Warp
+  void* workspace;       // as for Veu
 };
 
 // One implementation of every operator: an instruction set of the CPU, or a GPU.
@@ -62,6 +65,10 @@ struct Kernels {
   void (*warp_bwd)(const Warp&);
   void (*compose_fwd)(const Compose&);
   void (*compose_bwd)(const Compose&);
+  // Bytes of `workspace` that a backward needs; null: none.
+  int64_t (*veu_bwd_workspace)(const Veu&);
+  int64_t (*warp_bwd_workspace)(const Warp&);
+  int64_t (*compose_bwd_workspace)(const Compose&);
 };
 
 // The implementation that serves this machine. Throws std::runtime_error where there is none.
