@@ -24,7 +24,9 @@ inline void check(cudaError_t error, const char* op) {
 }
 
 // After a launch: reports what the launch itself got wrong.
-inline void check_launch(const char* op) { check(cudaGetLastError(), op); }
+inline void check_launch(const char* op) {
+  check(cudaGetLastError(), op);
+}
 
 // Blocks for n items at `per_block` each; kernels loop where that is more than a grid may have.
 inline unsigned blocks_for(int64_t n, int64_t per_block) {

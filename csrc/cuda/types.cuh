@@ -40,7 +40,9 @@ inline void with_storage(Dtype dtype, const F& f) {
   }
 }
 
-inline int64_t acc_bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
+inline int64_t acc_bytes(Dtype dtype) {
+  return dtype == Dtype::f64 ? 8 : 4;
+}
 
 // A grid of voxels, passed to kernels by value; a 2D one has S[0] = 1.
 struct Grid {
@@ -48,9 +50,14 @@ struct Grid {
   __host__ __device__ int64_t numel() const { return S[0] * S[1] * S[2]; }
 };
 
-// A loop over n items that any launch of one-dimensional blocks shares out: for (i = first_item(); i < n; i += items()).
-__device__ __forceinline__ int64_t first_item() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
-__device__ __forceinline__ int64_t items() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+// A loop over n items that any launch of one-dimensional blocks shares out: for (i = first_item(); i < n; i +=
+// items()).
+__device__ __forceinline__ int64_t first_item() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+__device__ __forceinline__ int64_t items() {
+  return static_cast<int64_t>(gridDim.x) * blockDim.x;
+}
 
 }  // namespace cuda
 }  // namespace cover
