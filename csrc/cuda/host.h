@@ -33,5 +33,10 @@ inline unsigned blocks_for(int64_t n, int64_t per_block) {
   return static_cast<unsigned>(std::min((n + per_block - 1) / per_block, max_blocks()));
 }
 
+// The same with the batch along y.
+inline dim3 blocks_for(int64_t n, int64_t per_block, int64_t B) {
+  return dim3(blocks_for(n, per_block), static_cast<unsigned>(std::min<int64_t>({B, max_blocks(), 65535})));
+}
+
 }  // namespace cuda
 }  // namespace cover
