@@ -59,6 +59,16 @@ inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
   return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
 }
 
+// Allocates what a backward asks for, on the device of `like`; it lives as long as what is returned.
+template <class Args>
+std::optional<Tensor> allocate_workspace(const Tensor& like, int64_t (*bytes)(const Args&), Args& a) {
+  const int64_t n = bytes ? bytes(a) : 0;
+  if (n == 0) return std::nullopt;
+  Tensor memory = torch::stable::new_empty(like, {n}, ScalarType::Byte);
+  a.workspace = memory.mutable_data_ptr();
+  return memory;
+}
+
 template <class Guard>
 std::tuple<Tensor, Tensor> veu_fwd(Tensor q, Tensor k, Ints window, int64_t heads, double scale,
                                    std::optional<Tensor> mask) {
@@ -85,6 +95,7 @@ std::tuple<Tensor, Tensor> veu_bwd(Tensor grad_v, Tensor q, Tensor k, Tensor v, 
   a.v = const_cast<void*>(v.const_data_ptr()), a.lse = const_cast<void*>(lse.const_data_ptr());
   a.grad_v = grad_v.const_data_ptr();
   a.grad_q = grad_q.mutable_data_ptr(), a.grad_k = grad_k.mutable_data_ptr();
+  const auto workspace = allocate_workspace(q, kernels().veu_bwd_workspace, a);
   if (a.B) kernels().veu_bwd(a);
   return {grad_q, grad_k};
 }
@@ -121,6 +132,7 @@ std::tuple<Tensor, Tensor> warp_bwd(Tensor grad_y, Tensor x, Tensor flow, Ints s
   a.grad_y = grad_y.const_data_ptr();
   a.deterministic = deterministic;
   a.grad_x = grad_x.mutable_data_ptr(), a.grad_flow = grad_flow.mutable_data_ptr();
+  const auto workspace = allocate_workspace(x, kernels().warp_bwd_workspace, a);
   if (a.B) kernels().warp_bwd(a);
   return {grad_x, grad_flow};
 }
@@ -157,6 +169,7 @@ std::tuple<Tensor, Tensor> compose_bwd(Tensor grad_y, Tensor flow, Tensor residu
   a.grad_y = grad_y.const_data_ptr();
   a.deterministic = deterministic;
   a.grad_flow = grad_flow.mutable_data_ptr(), a.grad_residual = grad_residual.mutable_data_ptr();
+  const auto workspace = allocate_workspace(flow, kernels().compose_bwd_workspace, a);
   if (a.B) kernels().compose_bwd(a);
   return {grad_flow, grad_residual};
 }
