@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,33 +85,55 @@ def find(path: Path) -> Path:
     return checkpoints[-1]
 
 
-def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[COVER, Config]:
+def load_model(
+    path: Path, device: torch.device | str = "cpu", build: Callable[[Config], COVER] = build_model
+) -> tuple[COVER, Config]:
     """The model of a run, in eval mode, and the run's settings.
 
     Args:
         path: the folder of a run (its last checkpoint is taken) or a checkpoint.
         device: where the model is put.
+        build: makes the model from the settings; for a run with a backbone of one's own, the function that made it.
+
+    Raises:
+        FileNotFoundError: no such run. ValueError: the file cannot be used, or its weights do not fit the model.
     """
     content = load(find(path), device)
     if "model" not in content:
         raise ValueError(f"checkpoint: {path} holds a backbone without the vector pyramid; use load_backbone")
     config = settings.from_dict(content["config"])
-    model = build_model(config).to(device)
-    model.load_state_dict(content["model"])
+    model = build(config).to(device)
+    _load_weights(model, content["model"], path)
     return model.eval(), config
 
 
-def load_backbone(path: Path, device: torch.device | str = "cpu") -> nn.Module:
+def load_backbone(
+    path: Path, device: torch.device | str = "cpu", build: Callable[[Config], COVER] = build_model
+) -> nn.Module:
     """The pretrained backbone, in eval mode, for fine-tuning.
 
     Args:
         path: the folder of a run, one of its checkpoints, or its `backbone.pt`.
         device: where the backbone is put.
+        build: as for `load_model`.
+
+    Raises:
+        As `load_model`.
     """
     content = load(find(path), device)
-    model = build_model(settings.from_dict(content["config"])).to(device)
+    model = build(settings.from_dict(content["config"])).to(device)
     if "backbone" in content:
-        model.backbone.load_state_dict(content["backbone"])
+        _load_weights(model.backbone, content["backbone"], path)
     else:
-        model.load_state_dict(content["model"])
+        _load_weights(model, content["model"], path)
     return model.backbone.eval()
+
+
+def _load_weights(module: nn.Module, weights: dict[str, Any], path: Path) -> None:
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"checkpoint: the weights in {path} do not fit the model that its settings describe; a run with a backbone "
+            f"of its own needs the `build` that made it. {error}"
+        ) from error

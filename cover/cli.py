@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command(pretrain_command, "Pretrain a backbone on unlabelled images.")
-    sub.add_argument("data", metavar="DATA", help="folder, image, or CSV or JSON manifest")
+    sub.add_argument("data", metavar="DATA", help="folder, image, or CSV, JSON or text manifest")
     sub.add_argument("--preset", metavar="P", help=f"one of {', '.join(PRESETS)}")
     sub.add_argument("--out", metavar="RUN", required=True, help="folder of the run")
     sub.add_argument("--resume", action="store_true", help="continue the run in RUN, or start it if there is none")
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command(evaluate_command, "Endpoint error of a run on held-out images, as a table.")
     sub.add_argument("run", metavar="RUN", help="folder of a run, or a checkpoint")
-    sub.add_argument("data", metavar="DATA", help="folder, image, or CSV or JSON manifest")
+    sub.add_argument("data", metavar="DATA", help="folder, image, or CSV, JSON or text manifest")
     sub.add_argument("--split", choices=("train", "val", "test"), help="rows of a manifest to evaluate on")
     sub.add_argument("--samples", type=int, metavar="N", help="patches (default: val_samples, but one of each image)")
 
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", metavar="FILE", help="the figure, .png or .pdf (default: <image>.png in RUN/figures)")
 
     sub = command(check_command, "Look at every file of a data set and say what cannot be used.")
-    sub.add_argument("data", metavar="DATA", help="folder, image, or CSV or JSON manifest")
+    sub.add_argument("data", metavar="DATA", help="folder, image, or CSV, JSON or text manifest")
     sub.add_argument("--preset", metavar="P", help=f"one of {', '.join(PRESETS)}")
 
     sub = command(presets_command, "List the presets, or every setting of one.")
@@ -143,7 +143,7 @@ def check_command(options: argparse.Namespace) -> int:
         settings = config.replace(preset_config(options.preset or "default"), **options.settings)
         report = check(options.data, settings.data)
     print(report)
-    return 1 if report.problems else 0
+    return 1 if report.problems or not report.images else 0
 
 
 def presets_command(options: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Held-out evaluation: endpoint error (EPE) of the predicted displacements, under transforms that never change."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -14,7 +14,7 @@ from cover import checkpoint
 from cover.config import Config, ModelConfig, replace
 from cover.data import ImageSet, PretrainDataset, open_images
 from cover.losses import epe
-from cover.model import COVER
+from cover.model import COVER, build_model
 from cover.process import ignore_signals
 from cover.rng import Draws
 from cover.views import ViewMaker, fit_to_reach, reachable_fraction
@@ -134,6 +134,7 @@ def evaluate(
     data: Any,
     split: str | None = None,
     samples: int | None = None,
+    build: Callable[[Config], COVER] = build_model,
     **settings: Any,
 ) -> Evaluation:
     """Evaluate a run on images that it has not seen (`cover evaluate RUN DATA`).
@@ -143,13 +144,14 @@ def evaluate(
         data: as for `pretrain`: a folder, an image, a list of images, or a manifest.
         split: "train", "val" or "test", where a manifest tells them apart; None: all images.
         samples: patches; None: `val_samples`, but at least one of each image.
+        build: as for `cover.load_model`: makes the model of a run whose backbone is not the U-Net.
         **settings: changes to the run's settings, such as `volumes=1` or other ranges of the displacements; those of
             the network cannot change.
 
     Raises:
         FileNotFoundError: no such run or data. ValueError: a setting or the data cannot be used.
     """
-    model, config, views = open_run(run, **settings)
+    model, config, views = open_run(run, build, **settings)
     images = open_images(data, config.data, split)
     if samples is None:
         samples = max(config.train.val_samples, len(images))
@@ -158,13 +160,15 @@ def evaluate(
     return measure(model, images, views, config, samples)
 
 
-def open_run(run: str | PathLike, **settings: Any) -> tuple[COVER, Config, ViewMaker]:
+def open_run(
+    run: str | PathLike, build: Callable[[Config], COVER] = build_model, **settings: Any
+) -> tuple[COVER, Config, ViewMaker]:
     """The model of a run on the device of its settings, those settings with changes, and the maker of their views.
 
     Raises:
         FileNotFoundError: no such run. ValueError: a setting does not fit, or would need another network.
     """
-    model, config = checkpoint.load_model(Path(run))
+    model, config = checkpoint.load_model(Path(run), build=build)
     changed = replace(config, **settings)
     if changed.model != config.model or changed.data.in_channels != config.data.in_channels:
         fixed = ", ".join([*ModelConfig.__dataclass_fields__, "in_channels"])

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -47,16 +47,19 @@ def pretrain(
     out: str | PathLike,
     resume: bool = False,
     val: Any = None,
+    build: Callable[[Config], COVER] = build_model,
     **settings: Any,
 ) -> Path:
     """Pretrain a backbone on unlabelled images (`cover pretrain DATA --preset P --out RUN key=value ...`).
 
     Args:
-        data: a folder, an image, a list of images, or a CSV or JSON manifest; see `cover.data.open_images`.
+        data: a folder, an image, a list of images, or a CSV, JSON or text manifest; see `cover.data.open_images`.
         preset: name of a preset (`cover presets` lists them); None: the defaults.
         out: folder of the run: config.json, metrics.jsonl, log.txt, checkpoints/ and, at the end, backbone.pt.
         resume: continue the run in `out` from its last checkpoint; start it where there is none.
         val: held-out images; None: the "val" rows of a manifest, else a share `val_fraction` of the images.
+        build: makes the model from the settings, where its backbone is not to be the U-Net; `cover.load_model`,
+            `cover.load_backbone`, `cover.evaluate` and `cover.visualize.visualize` then want the same function.
         **settings: single settings by name, over those of the preset; see `cover.config`.
 
     Returns:
@@ -67,7 +70,7 @@ def pretrain(
         ValueError: a setting or the data cannot be used; the message names it. NonFiniteLoss: see there.
         Interrupted: Ctrl-C or SIGTERM came; the run is saved and can be resumed.
     """
-    return Trainer(run_config(Path(out), preset, resume, settings), data, out, val).run()
+    return Trainer(run_config(Path(out), preset, resume, settings), data, out, val, build).run()
 
 
 def run_config(out: Path, preset: str | None, resume: bool, settings: dict[str, Any]) -> Config:
@@ -101,10 +104,17 @@ class Trainer:
 
     Args:
         settings: all settings; see `run_config`.
-        data, out, val: see `pretrain`.
+        data, out, val, build: see `pretrain`.
     """
 
-    def __init__(self, settings: Config, data: Any, out: str | PathLike, val: Any = None):
+    def __init__(
+        self,
+        settings: Config,
+        data: Any,
+        out: str | PathLike,
+        val: Any = None,
+        build: Callable[[Config], COVER] = build_model,
+    ):
         self.config = settings
         self.out = Path(out)
         self.step = 0  # steps done
@@ -113,7 +123,7 @@ class Trainer:
         self.device = device_of(settings)
         self.images, self.held_out = self.open_data(data, val)
         torch.manual_seed(settings.train.seed)
-        self.model = self.build_model().to(self.device)
+        self.model = build(settings).to(self.device)
         self.views = self.build_views()
         self.optimiser = self.build_optimiser()
         self.restore()
@@ -132,9 +142,6 @@ class Trainer:
             return images, open_images(data, c, "val", cache)
         images, held_out = images.split(c.val_fraction, self.config.train.seed)
         return images, held_out if len(held_out) else None
-
-    def build_model(self) -> COVER:
-        return build_model(self.config)
 
     def build_views(self) -> ViewMaker:
         """The maker of view pairs, its displacements fitted to what the pyramid can express."""
@@ -296,11 +303,7 @@ class Trainer:
             return None
         result = measure(self.model, self.held_out, self.views, self.config, self.config.train.val_samples)
         self.log.record("val", self.step, result.as_record())
-        model, zero = result.model, result.zero
-        self.log.message(
-            f"validation after step {self.step}: EPE {model.epe_mean:.3f} voxels, predicting zero {zero.epe_mean:.3f}; "
-            f"{model.within_1:.1%} within 1 voxel, {model.within_3:.1%} within 3"
-        )
+        self.log.message(f"validation after step {self.step}:\n{result}")
         return result
 
     def finish(self) -> None:

@@ -1,6 +1,6 @@
 """The figure of `cover visualize`: two views, the true and the predicted displacement, its error, and the features."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cover.config import Config
 from cover.data import open_images
 from cover.evaluate import HELD_OUT_SEED, held_out_batches, open_run
 from cover.losses import epe
-from cover.model import COVER, Prediction
+from cover.model import COVER, Prediction, build_model
 from cover.rng import Draws
 from cover.views import Views
 from cover_kernels import warp
@@ -23,13 +24,20 @@ _GRID_LINES = 16  # along the longest axis
 _WIDTH = 13.0  # inches
 
 
-def visualize(run: str | PathLike, image: str | PathLike, out: str | PathLike | None = None, **settings: Any) -> Path:
+def visualize(
+    run: str | PathLike,
+    image: str | PathLike,
+    out: str | PathLike | None = None,
+    build: Callable[[Config], COVER] = build_model,
+    **settings: Any,
+) -> Path:
     """Draw what a run sees in one image (`cover visualize RUN IMAGE`): see `figure`.
 
     Args:
         run: the folder of a run (its last checkpoint is taken) or a checkpoint.
         image: an image or volume; the views are made of one crop, as in `evaluate`.
         out: the figure, in any format that matplotlib writes; default `figures/<image>.png` in the folder of `run`.
+        build: as for `cover.load_model`: makes the model of a run whose backbone is not the U-Net.
         **settings: changes to the settings of the run's data and views, such as `crop` or `volumes`.
 
     Returns:
@@ -41,7 +49,7 @@ def visualize(run: str | PathLike, image: str | PathLike, out: str | PathLike | 
     """
     _matplotlib()
     run, image = Path(run), Path(image)
-    model, config, maker = open_run(run, **settings)
+    model, config, maker = open_run(run, build, **settings)
     images = open_images([image], config.data)
     device = next(model.parameters()).device
     batch = {name: x.to(device) for name, x in next(held_out_batches(images, config, maker.margin, 1)).items()}

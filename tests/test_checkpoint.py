@@ -6,7 +6,10 @@ import pytest
 import torch
 from tiny import SETTINGS, volumes
 
-from cover import checkpoint, load_backbone, load_model, pretrain
+from cover import checkpoint, evaluate, load_backbone, load_model, pretrain
+from cover.model import COVER
+from cover.pyramid import VectorPyramid
+from cover.unet import UNet
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +102,19 @@ def test_model_and_backbone_come_back_from_run_checkpoint_and_backbone_file(run)
         torch.testing.assert_close(backbone.state_dict(), expected, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"backbone\.pt holds a backbone without the vector pyramid"):
         load_model(run / "backbone.pt")
+
+
+def test_a_backbone_of_ones_own_comes_back(tmp_path):
+    def build(config):
+        """Two levels whose finest has twice the stride along the last axis."""
+        backbone = UNet(3, 1, (4, 6), strides=[(2, 1, 2)])
+        return COVER(backbone, VectorPyramid(backbone.channels, backbone.strides, 3, (1, 1), 4))
+
+    data = volumes(tmp_path / "data")
+    run = pretrain(data, out=tmp_path / "run", build=build, **SETTINGS)
+    expected = load_model(run, build=build)[0].backbone.state_dict()
+    for path in (run, run / "backbone.pt"):
+        torch.testing.assert_close(load_backbone(path, build=build).state_dict(), expected, rtol=0, atol=0)
+        with pytest.raises(ValueError, match=r"do not fit the model .* needs the `build` that made it"):
+            load_backbone(path)
+    assert evaluate(run, data, build=build, samples=2).voxels > 0

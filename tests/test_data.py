@@ -74,7 +74,9 @@ def test_manifests_choose_by_split(folder, tmp_path, kind):
 
 def test_a_manifest_without_splits(folder, tmp_path):
     (folder / "list.json").write_text('["a.npy", {"image": "b.npy"}]')
-    assert len(open_images(folder / "list.json", VOLUME, cache=tmp_path / "cache")) == 2
+    (folder / "list.txt").write_text("a.npy\nb.npy\n\n")
+    for name in ("list.json", "list.txt"):
+        assert len(open_images(folder / name, VOLUME, cache=tmp_path / "cache")) == 2
     with pytest.raises(DataError, match=r"no split 'train' in .*; it has no splits"):
         open_images(folder / "list.json", VOLUME, "train")
 

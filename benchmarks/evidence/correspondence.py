@@ -72,8 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
         "data_set": args.data_set,
         "variant": args.variant,
         "seed": args.seed,
-        "steps": config.train.steps,
-        "seconds_per_step": trained / config.train.steps,
+        "steps": settings["steps"],
+        "seconds_per_step": trained / settings["steps"],
         "held_out": {name: evaluation.as_record() for name, evaluation in figures.items()},
         "curve": training_curve(run),
     }

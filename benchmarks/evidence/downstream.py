@@ -204,7 +204,9 @@ def fine_tune(probe: Segmenter, items: list[Labelled], task: Task, seed: int, st
     g = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         images, labels = zip(*(draw_crop(items, task, g) for _ in range(task.batch)), strict=True)
-        loss = segmentation_loss(model(torch.stack(images)), torch.stack(labels))
+        with torch.autocast("cpu", torch.bfloat16):  # three times as fast in 3D where the processor has AVX512-BF16
+            scores = model(torch.stack(images))
+        loss = segmentation_loss(scores.float(), torch.stack(labels))
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,4 +1,4 @@
-"""All runs of the evidence, several at a time, the most telling first: seed 0 of everything, then 1, then 2.
+"""All runs of the evidence, several at a time, the most telling first.
 
 What has a result already is skipped, so that the script may be stopped and started again. Each run is a process with
 one thread; runs that depend on a pretraining run wait for it.
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from sets import DATA_SETS, INITS, TASKS, VARIANTS, parser, result_path
+from sets import INITS, TASKS, VARIANTS, parser, result_path
 
 HERE = Path(__file__).parent
 
@@ -43,12 +43,18 @@ def all_jobs(data: Path, out: Path, seeds: int) -> list[Job]:
         words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         return [sys.executable, path, f"--data={data}", f"--out={out}", *words]
 
+    every, fewest = range(seeds), {name: task.labels[0] for name, task in TASKS.items()}
+    ablations = [variant for variant in VARIANTS if variant != "full"]
     jobs = []
-    for seed in range(seeds):
-        jobs += [pretraining(d, variant, seed) for variant in ("full", "con_only") for d in DATA_SETS]
-        jobs += [use(name, n, init, seed) for name, t in TASKS.items() for n in t.labels for init in INITS]
-        ablations = [variant for variant in VARIANTS if variant not in INITS.values()]
-        jobs += [pretraining(d, variant, seed) for variant in ablations for d in ("hippocampus", "cxr")]
+    for name, task in TASKS.items():
+        jobs += [pretraining(task.pretrained_on, "full", seed) for seed in every]
+        jobs += [use(name, fewest[name], init, seed) for seed in every for init in ("cover", "random")]
+    for seed in every:
+        jobs += [pretraining(data_set, variant, seed) for variant in ablations for data_set in ("cxr", "hippocampus")]
+        jobs += [use(name, fewest[name], "con_only", seed) for name in ("lungs", "hippocampus")]
+    for seed in every:
+        jobs += [pretraining("ixi", "con_only", seed), use("ixi", fewest["ixi"], "con_only", seed)]
+        jobs += [use(name, n, init, seed) for name, task in TASKS.items() for n in task.labels[1:] for init in INITS]
     return jobs
 
 

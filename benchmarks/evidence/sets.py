@@ -39,17 +39,19 @@ class DataSet:
 
 
 DATA_SETS = {
-    "hippocampus": DataSet("hippocampus_msd", "small-3d"),
-    "cxr": DataSet("cxr_pneumonia_224", "small-2d", also=("chest_xray_1024",)),
+    "hippocampus": DataSet("hippocampus_msd", "small-3d", {"steps": 1000}),
+    "cxr": DataSet("cxr_pneumonia_224", "small-2d", {"steps": 1500}, also=("chest_xray_1024",)),
     # GroupNorm sees all of its input: at 5 mm a head fits into one crop, so that training and use agree
-    "ixi": DataSet("ixi_t1_2mm", "small-3d", {"spacing": (5.0, 5.0, 5.0), "crop": (40, 48, 48), "steps": 250}),
+    "ixi": DataSet("ixi_t1_2mm", "small-3d", {"spacing": (5.0, 5.0, 5.0), "crop": (40, 48, 48), "steps": 500}),
 }
 
-VARIANTS = ("full", "single_level", "one_group", "beyond_reach", "con_only")
+# the variants of an ablation train for as few steps as "short", the full model's twin among them
+VARIANTS = ("full", "short", "single_level", "one_group", "beyond_reach", "con_only")
+ABLATION_STEPS = 400
 
 
 def variant_settings(variant: str, config: Config) -> dict[str, Any]:
-    """What a variant changes of the full model's settings `config`; the rest, steps included, stays.
+    """What a variant changes of the full model's settings `config`; the rest stays.
 
     All but `beyond_reach` train on the full model's transforms; that one on the ranges of the authors' code.
     """
@@ -61,7 +63,8 @@ def variant_settings(variant: str, config: Config) -> dict[str, Any]:
         "one_group": {"heads": (1,) * len(heads)},
         "con_only": {"vector_weight": 0.0},
     }
-    return ranges | changes.get(variant, {})
+    steps = {} if variant == "full" else {"steps": ABLATION_STEPS}
+    return ranges | steps | changes.get(variant, {})
 
 
 def full_ranges(config: Config) -> dict[str, Any]:
@@ -89,9 +92,9 @@ class Task:
 
 
 TASKS = {
+    "lungs": Task("cxr_lungs_open", "cxr", "mask", 2, (5, 20), (112, 112), batch=2),
     "hippocampus": Task("hippocampus_msd", "hippocampus", "label", 3, (2, 5, 20), (32, 48, 32), evaluated=20),
     "ixi": Task("ixi_t1_2mm", "ixi", "tissue", 9, (1, 4), (40, 48, 48), lr=1e-3),
-    "lungs": Task("cxr_lungs_open", "cxr", "mask", 2, (5, 20), (112, 112), batch=2),
 }
 
 INITS = {"cover": "full", "con_only": "con_only", "random": None}  # weights: the variant that they come from

@@ -123,7 +123,7 @@ def open_images(
     """Open a data set: look at every file once, decode volumes into the cache, leave out what cannot be used.
 
     Args:
-        data: a folder, an image, a list of images, or a CSV or JSON manifest (see `cover.data.manifest.find`).
+        data: a folder, an image, a list of images, or a CSV, JSON or text manifest (see `cover.data.manifest.find`).
         config: how to read it; `on_error` says whether unusable files are left out with a warning or fatal.
         split: "train", "val" or "test", where a manifest tells them apart; None: all images.
         cache: folder for decoded volumes, unless `config.cache` names one; None: a temporary one, removed at exit.

@@ -1,11 +1,11 @@
-"""Where the images of a data set are: a folder, a file, a list of files, or a CSV or JSON manifest."""
+"""Where the images of a data set are: a folder, a file, a list of files, or a CSV, JSON or text manifest."""
 
 import csv
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cover.data.reading import SUFFIXES
 from cover.data.report import DataError
@@ -26,8 +26,9 @@ def find(data: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Source]:
 
     Args:
         data: a folder (searched recursively for known suffixes, hidden files left out), an image, a list of images,
-            or a manifest: a CSV file with a column `image` and optionally `split`, or a JSON list of paths or of
-            objects with these two keys. Other columns are ignored. Paths are relative to the manifest.
+            or a manifest: a CSV file with a column `image` and optionally `split`, a JSON list of paths or of
+            objects with these two keys, or a text file (.txt) with a path on each line. Other columns are ignored.
+            Paths are relative to the manifest.
 
     Raises:
         FileNotFoundError: `data` does not exist. DataError: the manifest is not as described.
@@ -41,7 +42,7 @@ def find(data: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Source]:
         return [Source(r.as_posix(), path / r) for r in relative if not any(part.startswith(".") for part in r.parts)]
     if not path.is_file():
         raise FileNotFoundError(f"data: there is no file or folder {str(path)!r}")
-    if path.suffix.lower() in (".csv", ".json"):
+    if path.suffix.lower() in (".csv", ".json", ".txt"):
         return _read_manifest(path)
     return [Source(path.name, path)]
 
@@ -52,10 +53,17 @@ def splits(data: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[str, 
     return tuple(split for split in SPLITS if split in found)
 
 
+def _rows(path: Path) -> Any:
+    suffix = path.suffix.lower()
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        if suffix == ".json":
+            return json.load(file)
+        return list(csv.DictReader(file)) if suffix == ".csv" else list(filter(None, file.read().splitlines()))
+
+
 def _read_manifest(path: Path) -> list[Source]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = json.load(file) if path.suffix.lower() == ".json" else list(csv.DictReader(file))
+        rows = _rows(path)
     except (ValueError, csv.Error) as error:
         raise DataError(f"manifest {path}: cannot be read: {error}") from error
     if not isinstance(rows, list):
