@@ -75,7 +75,7 @@ extensions = [
 ]
 if with_cuda:
     targets = cpp_extension._get_cuda_arch_flags()
-    names = " ".join(re.search(r"code=(\w+)", flag)[1] for flag in targets)
+    names = " ".join(flag.rpartition("=")[2] for flag in targets)  # -gencode=arch=compute_90,code=sm_90
     # torch's own flags take away the conversions of the half types
     halves = ["-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
     nvcc = [*common, *targets, *halves, "-Xcompiler=-fvisibility=hidden", *(["-G"] if debug else [])]

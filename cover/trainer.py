@@ -25,7 +25,8 @@ from cover.presets import preset_config
 from cover.process import Interrupted, StopSignals, ignore_signals, peak_memory
 from cover.rng import Draws
 from cover.views import ViewMaker, Views, fit_to_reach, reachable_fraction
-from cover_kernels import __version__, backend_info
+from cover_kernels import __version__
+from cover_kernels.backends import choose
 
 # the features have collapsed when, over so many steps, feature_variance (1: all directions, 0: one) is below this and
 # the EPE above this share of that of predicting zero. The variance alone does not tell: L_con by itself brings it to
@@ -191,7 +192,7 @@ class Trainer:
         """Say what is trained on what."""
         held_out = f"{len(self.held_out)} held out" if self.held_out else "none held out: no validation"
         parameters = sum(p.numel() for p in self.model.parameters())
-        kernels = backend_info()[self.device.type]["backend"]
+        kernels = choose(self.device)[0]
         versions = f"cover {__version__} with {kernels} kernels, torch {torch.__version__}"
         self.log.message(f"{versions}, {self.device}, {torch.get_num_threads()} threads, run {self.out}")
         self.log.message(str(self.images.report))
