@@ -2,8 +2,12 @@
 
 import operators
 import pytest
+import torch
 
 import cover_kernels
+
+if operators.DEVICE != "cpu":
+    torch.set_default_device(operators.DEVICE)
 
 
 @pytest.fixture(params=[*operators.compiled_backends(), "reference"])

@@ -1,11 +1,17 @@
-"""Inputs, tolerance and backends that the operators' tests share: one table per operator, each row saying why."""
+"""Inputs, tolerance and backends that the operators' tests share: one table per operator, each row saying why.
 
+The environment variable COVER_TEST_DEVICE names the device that the operators are tested on, "cpu" if it is not set.
+"""
+
+import os
 from dataclasses import dataclass
 
 import torch
 
 import cover_kernels
+from cover_kernels.backends import serving
 
+DEVICE = os.environ.get("COVER_TEST_DEVICE", "cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPERATORS = ("veu", "warp", "compose")
 
@@ -79,7 +85,7 @@ def _laid_out(x, layout):
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
     if layout == "sliced":
-        wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
+        wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
         wide[..., ::2] = x
         return wide[..., ::2]
     return x
@@ -91,22 +97,24 @@ def sample_inputs(operator, case, dtype, seed=0):
     Flows are multiples of 1/8: exact in every dtype, so that a position lies in the same cell whatever the precision
     (a derivative jumps from cell to cell).
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     d, S = len(case.S), case.S
 
     def normal(*shape):
-        return _laid_out(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype), case.layout)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        return _laid_out(x.to(DEVICE, dtype), case.layout)
 
     def flow(*shape):
-        eighths = torch.randint(-20, 21, shape, generator=generator, dtype=torch.float64)
-        return _laid_out((eighths / 8).to(dtype), case.layout)
+        eighths = torch.randint(-20, 21, shape, generator=generator, dtype=torch.float64, device="cpu")
+        return _laid_out((eighths / 8).to(DEVICE, dtype), case.layout)
 
     stride = (case.stride,) * d if isinstance(case.stride, int) else case.stride
     coarse = [size // s for size, s in zip(S, stride, strict=True)]
     if operator == "veu":
         mask = None
         if case.mask:
-            mask = torch.rand((case.B, 1, *S), generator=generator) < (0.7 if case.mask == "random" else 0)
+            share = 0.7 if case.mask == "random" else 0
+            mask = (torch.rand((case.B, 1, *S), generator=generator, device="cpu") < share).to(DEVICE)
         q, k = normal(case.B, case.heads * case.channels, *S), normal(case.B, case.heads * case.channels, *S)
         return lambda q, k: cover_kernels.veu(q, k, case.window, case.heads, mask=mask), (q, k)
     if operator == "warp":
@@ -130,8 +138,8 @@ def run(function, tensors, backend, grad=None):
 
 def grad_like(y):
     """A gradient that bf16 and fp16 hold exactly."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(-8, 9, y.shape, generator=generator).to(y.dtype) / 4
+    generator = torch.Generator("cpu").manual_seed(1)
+    return torch.randint(-8, 9, y.shape, generator=generator, device="cpu").to(y) / 4
 
 
 def assert_close(actual, same_dtype, exact):
@@ -148,7 +156,5 @@ def assert_close(actual, same_dtype, exact):
 
 
 def compiled_backends():
-    """Backends other than the reference that serve here."""
-    from cover_kernels import backends
-
-    return [name for name, problem in backends._UNAVAILABLE.items() if problem is None and name != "reference"]
+    """Backends other than the reference that serve the device under test."""
+    return [name for name in serving(DEVICE) if name != "reference"]

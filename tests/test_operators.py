@@ -15,7 +15,7 @@ BACKENDS = operators.compiled_backends()
 
 
 def test_the_compiled_backend_is_there():
-    assert "cpu" in BACKENDS
+    assert torch.device(operators.DEVICE).type in BACKENDS
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -36,10 +36,11 @@ def test_backend_agrees_with_reference(backend, operator, case, dtype):
 def smooth_case(operator, case):
     """float64 inputs in which no position lies on the border of a cell, where a derivative does not exist."""
     function, tensors = sample_inputs(operator, case, torch.float64)
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator("cpu").manual_seed(2)
     if operator == "veu":
         return function, tensors
-    moved = [t + 0.03 + 0.05 * torch.rand(t.shape, generator=generator, dtype=t.dtype) for t in tensors]
+    noise = [torch.rand(t.shape, generator=generator, dtype=t.dtype, device="cpu").to(t.device) for t in tensors]
+    moved = [t + 0.03 + 0.05 * n for t, n in zip(tensors, noise, strict=True)]
     return function, moved
 
 
@@ -120,8 +121,8 @@ def test_compiles_without_graph_breaks(operator):
     case = next(c for c in CASES[operator] if c.why == "volume")
     function, tensors = sample_inputs(operator, case, torch.float32)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    expected = run(function, tensors, "cpu")
-    assert all(torch.equal(a, e) for a, e in zip(run(compiled, tensors, "cpu"), expected, strict=True))
+    expected = run(function, tensors, BACKENDS[0])
+    assert all(torch.equal(a, e) for a, e in zip(run(compiled, tensors, BACKENDS[0]), expected, strict=True))
 
 
 def test_compiles_with_inductor():
@@ -130,8 +131,8 @@ def test_compiles_with_inductor():
         return cover_kernels.compose(u, w, 2).square()
 
     tensors = [torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 8), torch.randn(1, 2, 3, 4)]
-    expected = run(chain, tensors, "cpu")
-    actual = run(torch.compile(chain, fullgraph=True), tensors, "cpu")
+    expected = run(chain, tensors, BACKENDS[0])
+    actual = run(torch.compile(chain, fullgraph=True), tensors, BACKENDS[0])
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
 
@@ -155,7 +156,7 @@ def test_same_bits_whatever_the_number_of_threads(operator, case, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     q, k, u = torch.randn(1, 4, 6, 6), torch.randn(1, 4, 6, 6), torch.randn(1, 2, 6, 6)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(operators.DEVICE, dtype):
         # a convolution's output is half, a normalisation's is float: the wider one counts
         mixed = cover_kernels.veu(q.to(dtype), k, 3)
         half = cover_kernels.veu(q.to(dtype), k.to(dtype), 3)
@@ -165,6 +166,7 @@ def test_autocast(dtype):
     assert warped.dtype == dtype
 
 
+@pytest.mark.skipif(operators.DEVICE != "cpu", reason="instruction sets are the CPU's")
 @pytest.mark.parametrize("isa", ["avx2", "generic"])
 def test_every_instruction_set_agrees(isa, tmp_path):
     """In a process each, since the choice is made once: the other instruction sets give what this one gives."""

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import peak_above
-from operators import compiled_backends
+from operators import DEVICE, compiled_backends
 
 import cover_kernels
 from cover_kernels import veu
@@ -109,6 +109,7 @@ def test_large_scores_do_not_overflow(backend):
     assert veu(q, k, 5).abs().max() <= 2
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU kernels")
 def test_backward_through_the_ring_of_slabs():
     """An image too large for the ring at once gives what its parts give: the excess crosses from slab to slab."""
     torch.manual_seed(0)
@@ -130,6 +131,7 @@ def test_backward_through_the_ring_of_slabs():
             torch.testing.assert_close(w[:, :, first : first + 300], p[:, :, first - low :][:, :, :300])
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU kernels")
 @pytest.mark.parametrize("window", [3, 7, (3, 25, 25)])
 def test_memory_is_outputs_log_sum_exp_and_little_scratch(window):
     S, heads, channels = (8, 96, 96), 4, 4
