@@ -1,4 +1,4 @@
-# make demo | test | lint | bench: each sets up its own virtual environment and asks nothing.
+# make demo | test | lint | bench | gpu-build: each sets up its own virtual environment and asks nothing.
 # TORCH chooses the torch to install; the default is the release whose CPU build CI has at hand. Users of the library
 # choose their own: pyproject.toml only bounds it from below.
 
@@ -6,12 +6,15 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
+GPU_TORCH ?= torch==2.14.1
+GPU_VENV ?= .venv-gpu
+GPU_BIN := $(abspath $(GPU_VENV))/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench gpu-build clean
 
 # The compiled wheel, built without isolation against the torch of the environment, is what demo, tests and
 # benchmarks run. They start in other folders, since Python would import the tree from this one.
-$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard cover_kernels/*.py cover/*.py cover/*/*.py)
+$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard cover_kernels/*.py cover_kernels/*/*.py cover/*.py cover/*/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel ninja numpy
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(VENV)/wheel .
@@ -28,6 +31,16 @@ test: $(VENV)/installed
 bench: $(VENV)/installed
 	cd benchmarks && $(BIN)/pytest bench_operators.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
+# The whole extension against a CUDA build of torch (2.14.1 brings CUDA 13.0), in an environment of its own: compiled,
+# loaded and asked what it was compiled for. Needs nvcc, but no GPU.
+gpu-build:
+	test -x $(GPU_BIN)/python || $(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_BIN)/python -m pip install --quiet --disable-pip-version-check "$(GPU_TORCH)" "setuptools>=77" wheel ninja numpy pytest hypothesis
+	FORCE_CUDA=1 $(GPU_BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir $(GPU_VENV)/wheel .
+	$(GPU_BIN)/python -m pip install --quiet --no-deps --force-reinstall "$$(ls -t $(GPU_VENV)/wheel/cover_vcl-*.whl | head -n 1)"
+	cd $(GPU_VENV) && $(GPU_BIN)/python -m cover_kernels
+	cd tests && $(GPU_BIN)/pytest test_backends.py
+
 $(VENV)/lint: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check ruff==0.17.6 clang-format==18.1.8
@@ -36,12 +49,12 @@ $(VENV)/lint: pyproject.toml
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 format: $(VENV)/lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info

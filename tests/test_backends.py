@@ -1,8 +1,10 @@
 """The choice of a backend: by device, forced, refused, and what happens where nothing was compiled."""
 
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 import cover_kernels
 from cover_kernels import __main__ as self_test
 from cover_kernels import backends
+from cover_kernels.schemas import SCHEMAS
 
 
 def test_info_names_backend_and_reason():
@@ -129,6 +132,16 @@ def test_info_says_what_was_compiled(gpu):
     assert compiled["cuda"] == "sm_80 sm_90" and compiled["cpu"] == backends._COMPILED_FOR["cpu"] != ""
     gpu.setitem(backends._UNAVAILABLE, "cuda", "no toolkit")
     assert cover_kernels.backend_info()["compiled"]["cuda"] == "no toolkit"
+
+
+@pytest.mark.skipif(
+    not list(Path(backends.__file__).parent.glob("_cuda*.so")), reason="this installation was built without CUDA"
+)
+def test_the_cuda_extension_loads_without_a_gpu_and_has_every_operator():
+    assert backends._UNAVAILABLE["cuda"] is None
+    assert re.fullmatch(r"((sm|compute)_\d+[af]? ?)+", cover_kernels.backend_info()["compiled"]["cuda"])
+    for operator in SCHEMAS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cover_kernels_cuda::{operator}", "CUDA")
 
 
 def test_self_test_passes_and_prints_the_table(capsys):
