@@ -116,3 +116,18 @@ def test_a_displacement_that_is_nan_along_one_axis_gives_nan_though_the_other_le
     flow[0, :, 1, 1] = torch.tensor([torch.nan, 100.0])
     y = warp(torch.ones(1, 1, 3, 3), flow, padding=padding).flatten()
     assert y.isnan().tolist() == [i == 4 for i in range(9)]
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+@pytest.mark.parametrize(("S", "C"), [((130, 150), 17), ((20, 37, 40), 9)])
+def test_images_of_many_tiles_under_smooth_and_rough_flows(S, C, padding):
+    """Far displacements, beyond what a tile of the CPU kernels copies, beside near ones, infinite and NaN ones."""
+    x = torch.randn(2, C, *S)
+    flow = 3 * torch.randn(2, len(S), *S)
+    flow[1] *= 30
+    flow[:, :, 7, 11:14] = torch.tensor([torch.nan, torch.inf, -torch.inf]).view(3, *[1] * (len(S) - 2))
+    with cover_kernels.use_backend("reference"):
+        expected = warp(x, flow, padding=padding)
+    for name in BACKENDS:
+        with cover_kernels.use_backend(name):
+            torch.testing.assert_close(warp(x, flow, padding=padding), expected, atol=2e-5, rtol=1e-4, equal_nan=True)

@@ -3,6 +3,7 @@
 #include "simd.h"
 #include "veu.h"
 #include "veu_bwd.h"
+#include "tile.h"
 #include "sample.h"
 #include "warp.h"
 #include "compose.h"

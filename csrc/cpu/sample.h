@@ -7,12 +7,6 @@ namespace COVER_ISA {
 
 constexpr int64_t kSegment = 64;  // voxels that are worked on together
 
-// A grid of voxels; a 2D one has S[0] = 1.
-struct Grid {
-  int64_t S[3];
-  int64_t numel() const { return S[0] * S[1] * S[2]; }
-};
-
 // The grid that is coarser by a stride.
 inline Grid coarser(const Grid& g, const int64_t* stride) {
   return {{g.S[0] / stride[0], g.S[1] / stride[1], g.S[2] / stride[2]}};
@@ -71,19 +65,25 @@ struct Cells {
       stride *= size;
     }
     next = step[d - 1];
-    for (int64_t x = 0; x < n; x++) partial[x] = 0;
-    for (int k = 0; k < kRows; k++)
-      for (int64_t x = 0; x < n; x++) {
-        I at = first[d - 1][x];
-        A w = 1;
+    for (int64_t x = 0; x < n; x += lanes) {
+      Index some_zero{};
+      for (int k = 0; k < kRows; k++) {
+        Index at;
+        std::memcpy(&at, first[d - 1] + x, sizeof(at));
+        Vec<A> w = splat(A(1));
         for (int i = 0; i < d - 1; i++) {
-          at += first[i][x] + bit(k, i) * step[i];
-          w *= part[i][bit(k, i)][x];
+          Index outer;
+          std::memcpy(&outer, first[i] + x, sizeof(outer));
+          at += outer + bit(k, i) * step[i];
+          w *= load(part[i][bit(k, i)] + x);
         }
-        index[k][x] = at;
-        weight[k][x] = Pair{w * part[d - 1][0][x], w * part[d - 1][1][x]};
-        partial[x] |= (w * part[d - 1][0][x] == A(0)) | (w * part[d - 1][1][x] == A(0));
+        const Vec<A> left = w * load(part[d - 1][0] + x), right = w * load(part[d - 1][1] + x);
+        std::memcpy(index[k] + x, &at, sizeof(at));
+        store_pairs(reinterpret_cast<A*>(weight[k] + x), left, right);
+        some_zero |= __builtin_convertvector((left == A(0)) | (right == A(0)), Index);
       }
+      std::memcpy(partial + x, &some_zero, sizeof(some_zero));
+    }
   }
 
   static constexpr int bit(int k, int i) { return k >> (d - 2 - i) & 1; }
@@ -134,6 +134,28 @@ struct Cells {
         }
       }
     });
+  }
+
+  // Channels of a box [numel, W] at the cells: out [n, W].
+  template <int W>
+  void gather_lanes(const A* box, int64_t n, A* out) const {
+    using V = Lanes<A, W>;
+    for (int64_t x = 0; x < n; x++) {
+      V sum = -V{};  // -0.0, as in `gather`
+      const auto add = [&](int k, int e) {
+        V voxel;
+        std::memcpy(&voxel, box + (index[k][x] + e * next) * W, sizeof(voxel));
+        sum += weight[k][x][e] * voxel;
+      };
+      if (partial[x]) {
+        for (int k = 0; k < kRows; k++)
+          for (int e = 0; e < 2; e++)
+            if (weight[k][x][e] != A(0)) add(k, e);
+      } else {
+        for (int k = 0; k < kRows; k++) add(k, 0), add(k, 1);
+      }
+      std::memcpy(out + x * W, &sum, sizeof(sum));
+    }
   }
 
   // image [C, numel] += read(c, x) at the cells: the transpose of `gather`, voxel after voxel. Not in pairs: the next

@@ -75,6 +75,22 @@ inline Vec<A> splat(A a) {
   return Vec<A>{} + a;
 }
 
+// a[0], b[0], a[1], b[1], ..
+template <class A, size_t... J>
+inline void store_pairs(A* p, Vec<A> a, Vec<A> b, std::index_sequence<J...>) {
+#if __has_builtin(__builtin_shufflevector)
+  constexpr size_t half = sizeof...(J) / 2, n = sizeof...(J);
+  store(p, __builtin_shufflevector(a, b, (J / 2 + J % 2 * n)...));
+  store(p + n, __builtin_shufflevector(a, b, (half + J / 2 + J % 2 * n)...));
+#else
+  ((p[2 * J] = a[J], p[2 * J + 1] = b[J]), ...);
+#endif
+}
+template <class A>
+inline void store_pairs(A* p, Vec<A> a, Vec<A> b) {
+  store_pairs(p, a, b, std::make_index_sequence<kLanes<A>>());
+}
+
 // 2^x for x <= 0, minimax polynomial with p(0) = 1: relative error below 1.6e-7; 0 below -126; NaN stays NaN.
 inline Vec<float> exp2(Vec<float> x) {
   typedef int32_t Bits __attribute__((vector_size(COVER_BYTES)));

@@ -65,26 +65,124 @@ struct Warper {
     return flow + (z * coarse.S[1] + y) * coarse.S[2];
   }
 
-  void find_cells(int64_t b, const Segment& s, State& state) const {
+  // position[axis][x] = p + Up(flow)(p) for the voxels p of a segment.
+  void find_positions(int64_t b, const Segment& s, A (*position)[kSegment]) const {
     const int64_t origin[3] = {s.z, s.y, s.x0};
-    upsample(b, s, state.position);
+    upsample(b, s, position);
     for (int i = 0; i < d; i++)
       for (int64_t x = 0; x < s.n; x++)
-        state.position[i][x] += static_cast<A>(static_cast<int32_t>(origin[3 - d + i] + (i == d - 1 ? x : 0)));
+        position[i][x] += static_cast<A>(static_cast<int32_t>(origin[3 - d + i] + (i == d - 1 ? x : 0)));
+  }
+
+  void find_cells(int64_t b, const Segment& s, State& state) const {
+    find_positions(b, s, state.position);
     state.cells.find(fine, a.border, state.position, s.n);
   }
 
+  // Samples channels [c0, C) of the segment from the image itself.
+  void sample_direct(int64_t b, const Segment& s, State& state) const {
+    find_cells(b, s, state);
+    const int64_t numel = fine.numel();
+    for (int64_t c0 = 0; c0 < a.C; c0 += kChannelBlock) {
+      const int64_t channels = min(kChannelBlock, a.C - c0), image = (b * a.C + c0) * numel;
+      state.cells.gather(static_cast<const T*>(a.x) + image, channels, numel, s.n,
+                         [&](int64_t c, int64_t x, A value) { state.out[c][x] = static_cast<T>(value); });
+      for (int64_t c = 0; c < channels; c++)
+        std::memcpy(static_cast<T*>(a.y) + image + c * numel + row(s), state.out[c], s.n * sizeof(T));
+    }
+  }
+
+  // A box of voxels of the output, at most kTile, with the positions that they read.
+  static constexpr int64_t kTile[3] = {d == 3 ? 16 : 1, d == 3 ? 16 : 64, d == 3 ? 16 : 64};
+  static constexpr int64_t kTileVoxels = kTile[0] * kTile[1] * kTile[2];
+
+  template <int W>
+  struct TileState {
+    State segment;
+    A position[d][kTileVoxels];
+    Lanes<A, W> box[kBoxBytes / sizeof(Lanes<A, W>)], out[kSegment];
+  };
+
+  // Calls f(segment, index of its first voxel in the tile) for the lines of `part` of a tile.
+  template <class Visit>
+  void for_lines(const Box& tile, const Box& part, const Visit& f) const {
+    for (int64_t z = part.low[0]; z < part.low[0] + part.grid.S[0]; z++)
+      for (int64_t y = part.low[1]; y < part.low[1] + part.grid.S[1]; y++)
+        f(Segment{z, y, part.low[2], part.grid.S[2]},
+          ((z - tile.low[0]) * tile.grid.S[1] + y - tile.low[1]) * tile.grid.S[2] + part.low[2] - tile.low[2]);
+  }
+
+  template <int W>
+  void forward_tile(int64_t b, const Box& tile, TileState<W>& state) const {
+    for_lines(tile, tile, [&](const Segment& s, int64_t first) {
+      find_positions(b, s, state.segment.position);
+      for (int i = 0; i < d; i++) std::memcpy(state.position[i] + first, state.segment.position[i], s.n * sizeof(A));
+    });
+    forward_part<W>(b, tile, tile, state);
+  }
+
+  // Samples a part of a tile from the box of the image that it reads; halves the part while that box is too large.
+  template <int W>
+  void forward_part(int64_t b, const Box& tile, const Box& part, TileState<W>& state) const {
+    Extent<A> extent[d];
+    for (int i = 0; i < d; i++) extent[i] = {splat(kInf<A>), splat(-kInf<A>)};
+    for_lines(tile, part, [&](const Segment& s, int64_t first) {
+      for (int i = 0; i < d; i++) extent[i].add(state.position[i] + first, s.n);
+    });
+    const Box box = box_around(fine, extent, d);
+    if (box.numel() * static_cast<int64_t>(sizeof(Lanes<A, W>)) > kBoxBytes) {
+      const int64_t* S = part.grid.S;
+      const int axis = S[0] >= max(S[1], S[2]) ? 0 : S[1] >= S[2] ? 1 : 2;
+      if (S[axis] <= 4)
+        return for_lines(tile, part, [&](const Segment& s, int64_t) { sample_direct(b, s, state.segment); });
+      Box half = part;
+      half.grid.S[axis] = part.grid.S[axis] / 2;
+      forward_part<W>(b, tile, half, state);
+      half.low[axis] += half.grid.S[axis];
+      half.grid.S[axis] = part.grid.S[axis] - half.grid.S[axis];
+      return forward_part<W>(b, tile, half, state);
+    }
+    for (int64_t c0 = 0; c0 < a.C; c0 += W) {
+      const int64_t channels = min<int64_t>(W, a.C - c0), numel = fine.numel(), image = (b * a.C + c0) * numel;
+      A* const scratch = reinterpret_cast<A*>(state.box);
+      load_box<W>(static_cast<const T*>(a.x) + image, fine, box, channels, scratch);
+      for_lines(tile, part, [&](const Segment& s, int64_t first) {
+        for (int i = 0; i < d; i++)
+          for (int64_t x = 0; x < s.n; x++)
+            state.segment.position[i][x] = state.position[i][first + x] - static_cast<A>(box.low[3 - d + i]);
+        state.segment.cells.find(box.grid, a.border, state.segment.position, s.n);
+        state.segment.cells.template gather_lanes<W>(scratch, s.n, reinterpret_cast<A*>(state.out));
+        to_channels_first<W>(reinterpret_cast<const A*>(state.out), numel, channels, s.n,
+                             static_cast<T*>(a.y) + image + row(s));
+      });
+    }
+  }
+
+  template <int W>
+  void forward_tiles() const {
+    int64_t tiles[3];
+    for (int i = 0; i < 3; i++) tiles[i] = (fine.S[i] + kTile[i] - 1) / kTile[i];
+    const int64_t n = tiles[0] * tiles[1] * tiles[2];
+    parallel_for(a.B * n, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<TileState<W>> state(new TileState<W>);
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t at[3] = {i % n / (tiles[1] * tiles[2]), i / tiles[2] % tiles[1], i % tiles[2]};
+        Box tile;
+        for (int axis = 0; axis < 3; axis++) {
+          tile.low[axis] = at[axis] * kTile[axis];
+          tile.grid.S[axis] = min(kTile[axis], fine.S[axis] - tile.low[axis]);
+        }
+        forward_tile<W>(i / n, tile, *state);
+      }
+    });
+  }
+
   void forward() const {
-    parallel_segments<d>(
-        a.B, a.C, kChannelBlock, fine, make_state, [&](int64_t b, int64_t c0, const Segment& s, State& state) {
-          find_cells(b, s, state);
-          const int64_t channels = min(kChannelBlock, a.C - c0), numel = fine.numel();
-          const int64_t image = (b * a.C + c0) * numel;
-          state.cells.gather(static_cast<const T*>(a.x) + image, channels, numel, s.n,
-                             [&](int64_t c, int64_t x, A value) { state.out[c][x] = static_cast<T>(value); });
-          for (int64_t c = 0; c < channels; c++)
-            std::memcpy(static_cast<T*>(a.y) + image + c * numel + row(s), state.out[c], s.n * sizeof(T));
-        });
+    constexpr int kWide = kLanes<A>;
+    if (a.C > kWide / 2)
+      forward_tiles<kWide>();
+    else
+      forward_tiles<kWide / 2>();
   }
 
   // Reads grad_y in channels c0, c0 + 1, .. of a segment.
