@@ -117,6 +117,8 @@ def test_variants_change_what_they_say():
     assert full["fit_to_reach"] is None and full == sets.full_ranges(config)
     changed = {v: dict(sets.variant_settings(v, config).items() - full.items()) for v in sets.VARIANTS}
     assert changed["full"] == {}
+    assert all(changes.pop("steps") == sets.ABLATION_STEPS for v, changes in changed.items() if v != "full")
+    assert changed["short"] == {}
     assert changed["single_level"] == {"heads": (1,)}
     assert changed["one_group"] == {"heads": (1, 1, 1)}
     assert changed["con_only"] == {"vector_weight": 0.0}
@@ -152,12 +154,17 @@ def test_queue_starts_nothing_after_the_deadline(tmp_path):
     assert run_all.Queue(jobs(tmp_path, (), (), ()), time.monotonic() - 1).take() is None
 
 
-def test_all_jobs_begin_with_seed_0_and_need_what_comes_before(tmp_path):
+def test_all_jobs_are_there_once_and_need_what_comes_before(tmp_path):
     every = run_all.all_jobs(Path("data"), tmp_path, seeds=3)
-    names = [job.result.stem for job in every]
-    assert len(set(zip(names, (j.result.parent for j in every), strict=True))) == len(every)
-    seeds = [int(name[-1]) for name in names]
-    assert seeds == sorted(seeds) and set(seeds) == {0, 1, 2}
+    assert len({job.result for job in every}) == len(every)
+    uses = {job.result.stem for job in every if job.result.parent.name == "downstream-test"}
+    assert uses == {
+        f"{name}-{labels}-{init}-{seed}"
+        for name, task in sets.TASKS.items()
+        for labels in task.labels
+        for init in sets.INITS
+        for seed in range(3)
+    }
     seen = set()
     for job in every:
         assert seen.issuperset(job.needs)
@@ -211,6 +218,7 @@ def data(tmp_path):
 def test_from_images_to_tables(data, tmp_path, monkeypatch, capsys):
     tiny = {"crop": (16, 16, 16), "channels": (8, 16), "heads": (2, 1), "steps": 3, "batch": 1, "val_samples": 1}
     monkeypatch.setitem(sets.DATA_SETS, "hippocampus", sets.DataSet("hippocampus_msd", "small-3d", tiny))
+    monkeypatch.setattr(sets, "ABLATION_STEPS", 2)
     monkeypatch.setattr(correspondence, "PAIRS", 2)
     out = tmp_path / "out"
     paths = [f"--data={data}", f"--out={out}"]
@@ -232,6 +240,6 @@ def test_from_images_to_tables(data, tmp_path, monkeypatch, capsys):
     document.write_text("\n".join(f"<!-- begin {name} --><!-- end {name} -->" for name in names))
     report.main([*paths, f"--document={document}", f"--figures={tmp_path / 'figures'}"])
     text = document.read_text()
-    assert all(f"| {report.VARIANT_TEXT[variant]} | 1 |" in text for variant in ("full", "con_only"))
+    assert "| full model | 3 | 1 |" in text and "| L_con alone | 2 | 1 |" in text
     assert "| 2 | linear probe | 0." in text
-    assert (tmp_path / "figures" / "hippocampus.png").stat().st_size > 5000
+    assert (tmp_path / "figures" / "hippocampus.svg").stat().st_size > 5000

@@ -1,4 +1,4 @@
-"""Tables and curves from the results: writes the tables into docs/results.md, and the curves as PNG where asked."""
+"""Tables and curves from the results: writes the tables into docs/results.md, and the curves as SVG where asked."""
 
 import json
 import re
@@ -14,6 +14,7 @@ Result = dict[str, Any]
 
 VARIANT_TEXT = {
     "full": "full model",
+    "short": "full model, fewer steps",
     "single_level": "one VEU, at the finest level",
     "one_group": "one group (J = 1) on every level",
     "beyond_reach": "the authors' DVF ranges, beyond the reach",
@@ -54,6 +55,7 @@ def correspondence_table(results: list[Result], measured_on: str) -> str:
         rows.append(
             [
                 VARIANT_TEXT[variant],
+                str(runs[0]["steps"]),
                 str(len(runs)),
                 spread(f["epe_mean"] for f in figures),
                 spread(f["epe_mean_zero"] for f in figures),
@@ -64,7 +66,7 @@ def correspondence_table(results: list[Result], measured_on: str) -> str:
                 f"{statistics.mean(run['seconds_per_step'] for run in runs):.2f}",
             ]
         )
-    header = ["variant", "seeds", "EPE", "EPE of zero", "ratio", "≤ 1 voxel, %", "≤ 3 voxels, %"]
+    header = ["variant", "steps", "seeds", "EPE", "EPE of zero", "ratio", "≤ 1 voxel, %", "≤ 3 voxels, %"]
     return table([*header, "feature variance", "s / step"], rows) + "\n\n" + commands(shown)
 
 
@@ -128,10 +130,12 @@ def yes_no(truth: bool) -> str:
 
 
 def draw_curves(results: list[Result], folder: Path) -> None:
-    """Training curves, one PNG per data set: EPE relative to predicting zero, and the spread of the features."""
+    """Training curves, one SVG per data set: EPE relative to predicting zero, and the spread of the features."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("svg")
+    # text stays text, and the same results give the same file
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "cover"})
     from matplotlib import pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +151,7 @@ def draw_curves(results: list[Result], folder: Path) -> None:
         axes[0].set(xlabel="step", ylabel="EPE / EPE of zero, training batches", yscale="log", title=data_set)
         axes[1].set(xlabel="step", ylabel="feature variance (0: collapsed)")
         axes[0].legend()
-        figure.savefig(folder / f"{data_set}.png", dpi=100)
+        figure.savefig(folder / f"{data_set}.svg", metadata={"Date": None})
         plt.close(figure)
 
 
