@@ -55,7 +55,9 @@ struct Warper {
       const Between<A> x(s.x0 + i, a.stride[2], coarse.S[2]);
       for (int axis = 0; axis < d; axis++) {
         const A left = coarse_row[axis][x.i0 - first], right = coarse_row[axis][x.i1 - first];
-        u[axis][i] = static_cast<A>(a.stride[3 - d + axis]) * ((1 - x.fraction) * left + x.fraction * right);
+        // a neighbour of weight 0 adds nothing, be it infinite
+        const A between = x.fraction == A(0) ? left : (1 - x.fraction) * left + x.fraction * right;
+        u[axis][i] = static_cast<A>(a.stride[3 - d + axis]) * between;
       }
     }
   }
