@@ -311,7 +311,11 @@ def _veu_grad_k(
                     query = _load(q + group * C * P + i, at_query, valid, P, C, VEC, ACC)
                     g_z, g_y, g_x = _load_vector(grad_v + b * d * P + i, at_query, valid, P, d)
                     top = _load_lse(lse + group * P + i, at_query, valid)
-                    base = g_z * (z - query_z) - g_x * (first + i) - tl.load(delta + group * P + i + at_query, mask=valid, other=0)
+                    base = (
+                        g_z * (z - query_z)
+                        - g_x * (first + i)
+                        - tl.load(delta + group * P + i + at_query, mask=valid, other=0)
+                    )
                     t = tl.exp2(_dot(query, key) - top) * (base + g_y * (y - query_y))
                     total = _added(total, tl.where(near & valid, t, 0), query)
     _store(grad_k + group * C * P, at, taken, _scaled(total, factor / J), P, C, VEC)
