@@ -7,7 +7,7 @@
 // in registers. The lines beyond the channels hold what else a neighbour brings along. docs/kernels.md has the count.
 //
 // A kernel is compiled for C channels and windows N wide along H and W ("whole"), for the usual sizes. Any other call
-// is served by the same source with a row of the window, kChunk channels and kOffsets offsets of it at a time.
+// is served by the same source with a few channels and offsets of one row of the window at a time.
 #pragma once
 
 #include <limits>
@@ -21,7 +21,6 @@ namespace cuda {
 namespace {
 
 constexpr int kThreadsX = 8, kThreadsY = 16, kThreads = kThreadsX * kThreadsY;
-constexpr int kChunk = 8, kOffsets = 5;
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
@@ -52,8 +51,8 @@ struct Cut {
 // Voxels of a thread: as many as leave room for what it holds of each channel, twice in a backward.
 template <int C, int N, bool backward>
 using Whole = Cut<C, N, (backward ? 2 * C : C) <= 16 ? 4 : 2, true>;
-template <class T, bool backward>
-using Any = Cut<kChunk, kOffsets, std::is_same_v<T, double> ? 2 : 4, false>;
+template <class T>
+using Any = std::conditional_t<std::is_same_v<T, double>, Cut<4, 5, 2, false>, Cut<8, 5, 4, false>>;
 
 // (C, N) that have kernels of their own. The test harness compiles fewer.
 #ifndef COVER_VEU_SIZES
@@ -71,7 +70,7 @@ void with_cut(const Veu& a, const F& f) {
       COVER_VEU_SIZES(COVER_VEU_CASE)
 #undef COVER_VEU_CASE
     }
-    f(type, d, Any<T, backward>());
+    f(type, d, Any<T>());
   };
   with_storage(a.dtype, [&](auto* type) {
     a.d == 2 ? with_dimension(type, std::integral_constant<int, 2>())
@@ -79,49 +78,54 @@ void with_cut(const Veu& a, const F& f) {
   });
 }
 
-// Sizes, and the cut of the voxels into tiles.
+// Sizes, and the cut of the voxels into tiles. Addresses are 64-bit; within an axis 32 bits do, and save registers.
 struct Geometry {
-  int64_t B, J, C, D, H, W;
-  int64_t R[3];    // the window's radii
-  int64_t ny, nx;  // tiles along H and W
+  int64_t B, J, C;
+  int D, H, W;
+  int R[3];    // the window's radii
+  int ny, nx;  // tiles along H and W
 
-  __host__ __device__ int64_t numel() const { return D * H * W; }
-  __host__ __device__ int64_t tiles() const { return D * ny * nx; }  // of one image
+  __host__ __device__ int64_t numel() const { return static_cast<int64_t>(D) * H * W; }
+  __host__ __device__ int64_t tiles() const { return static_cast<int64_t>(D) * ny * nx; }  // of one image
 };
 
 template <class Cut>
 Geometry geometry(const Veu& a) {
-  Geometry g{a.B, a.J, a.C, a.S[0], a.S[1], a.S[2], {}, 0, 0};
-  // a window wider than the image sees no more than one as wide as the image
-  for (int i = 0; i < 3; i++) g.R[i] = std::min((a.N[i] - 1) / 2, a.S[i] - 1);
-  g.ny = (g.H + kThreadsY - 1) / kThreadsY;
-  g.nx = (g.W + kThreadsX * Cut::Q - 1) / (kThreadsX * Cut::Q);
-  return g;
+  int S[3], R[3];
+  for (int i = 0; i < 3; i++) {
+    if (a.S[i] > 1 << 30)
+      throw std::runtime_error("veu: an axis may have 2^30 voxels on a GPU, got " + std::to_string(a.S[i]));
+    S[i] = static_cast<int>(a.S[i]);
+    // a window wider than the image sees no more than one as wide as the image
+    R[i] = static_cast<int>(std::min((a.N[i] - 1) / 2, a.S[i] - 1));
+  }
+  const auto tiles = [](int size, int tile) { return (size + tile - 1) / tile; };
+  return {a.B, a.J, a.C, S[0], S[1], S[2], {R[0], R[1], R[2]}, tiles(S[1], kThreadsY), tiles(S[2], kThreadsX * Cut::Q)};
 }
 
 // A tile, by the coordinates of its first voxel, and the voxels of this thread in it.
 template <class Cut>
 struct Tile {
-  int64_t z, y, x;     // of the tile
-  int64_t my_y, my_x;  // of this thread's first voxel
+  int z, y, x;     // of the tile
+  int my_y, my_x;  // of this thread's first voxel
 
   __device__ Tile(const Geometry& g, int64_t number)
-      : z(number / (g.ny * g.nx)),
-        y(number / g.nx % g.ny * kThreadsY),
-        x(number % g.nx * (kThreadsX * Cut::Q)),
-        my_y(y + threadIdx.y),
-        my_x(x + threadIdx.x * Cut::Q) {}
+      : z(static_cast<int>(number / (g.ny * static_cast<int64_t>(g.nx)))),
+        y(static_cast<int>(number / g.nx % g.ny) * kThreadsY),
+        x(static_cast<int>(number % g.nx) * (kThreadsX * Cut::Q)),
+        my_y(y + static_cast<int>(threadIdx.y)),
+        my_x(x + static_cast<int>(threadIdx.x) * Cut::Q) {}
 
   __device__ bool inside(const Geometry& g) const { return my_y < g.H && my_x < g.W; }
   __device__ bool has(const Geometry& g, int i) const { return inside(g) && my_x + i < g.W; }
-  __device__ int64_t first_voxel(const Geometry& g) const { return (z * g.H + my_y) * g.W + my_x; }
+  __device__ int64_t first_voxel(const Geometry& g) const {
+    return (static_cast<int64_t>(z) * g.H + my_y) * g.W + my_x;
+  }
 
   // The rows of a slab that starts at offset oy, between which lie those of the image that this thread's window sees.
-  __device__ int first_row(int64_t oy) const {
-    return static_cast<int>(min(int64_t(Cut::rows), max(int64_t(0), -(my_y + oy))));
-  }
-  __device__ int last_row(const Geometry& g, int64_t oy) const {
-    return inside(g) ? static_cast<int>(min(int64_t(Cut::rows), g.H - (my_y + oy))) : 0;
+  __device__ int first_row(int oy) const { return max(0, -(my_y + oy)); }
+  __device__ int last_row(const Geometry& g, int oy) const {
+    return inside(g) ? min(static_cast<int>(Cut::rows), g.H - (my_y + oy)) : 0;
   }
 };
 
@@ -143,12 +147,12 @@ __device__ __forceinline__ double power_of_2(double x) {
 // is in shared memory at a time: from offset (oy, ox) on.
 template <class Cut, class F>
 __device__ __forceinline__ void for_slabs(const Geometry& g, const Tile<Cut>& tile, const F& f) {
-  for (int64_t z = max(int64_t(0), tile.z - g.R[0]); z <= min(g.D - 1, tile.z + g.R[0]); z++) {
+  for (int z = max(0, tile.z - g.R[0]); z <= min(g.D - 1, tile.z + g.R[0]); z++) {
     if (Cut::whole) {
-      f(z, int64_t(-(Cut::N / 2)), int64_t(-(Cut::N / 2)));
+      f(z, -(Cut::N / 2), -(Cut::N / 2));
     } else {
-      for (int64_t oy = -g.R[1]; oy <= g.R[1]; oy += Cut::rows)
-        for (int64_t ox = -g.R[2]; ox <= g.R[2]; ox += Cut::N) f(z, oy, ox);
+      for (int oy = -g.R[1]; oy <= g.R[1]; oy += Cut::rows)
+        for (int ox = -g.R[2]; ox <= g.R[2]; ox += Cut::N) f(z, oy, ox);
     }
   }
 }
@@ -188,14 +192,16 @@ __device__ __forceinline__ void load_own(const Geometry& g, const Tile<Cut>& til
 // Copies the rows of plane z from (oy, ox) relative to the tile on into shared memory. For each of their positions,
 // `column(number of the voxel or -1 outside the image, address of its first line)` fills in the lines.
 template <class Cut, class A, class Column>
-__device__ __forceinline__ void load_slab(const Geometry& g, const Tile<Cut>& tile, int64_t z, int64_t oy, int64_t ox,
+__device__ __forceinline__ void load_slab(const Geometry& g, const Tile<Cut>& tile, int z, int oy, int ox,
                                           int row_stride, A* slab, const Column& column) {
+  const int y = tile.y + oy, x = tile.x + ox;
+  const int64_t first = (static_cast<int64_t>(z) * g.H + y) * g.W + x;
   __syncthreads();  // nobody reads what was there any more
+#pragma unroll 1
   for (int i = threadIdx.y * kThreadsX + threadIdx.x; i < Cut::slab_rows * Cut::width; i += kThreads) {
     const int row = i / Cut::width, at = i % Cut::width;
-    const int64_t y = tile.y + oy + row, x = tile.x + ox + at;
-    const bool inside = y >= 0 && y < g.H && x >= 0 && x < g.W;
-    column(inside ? (z * g.H + y) * g.W + x : -1, slab + row * row_stride + at);
+    const bool inside = y + row >= 0 && y + row < g.H && x + at >= 0 && x + at < g.W;
+    column(inside ? first + static_cast<int64_t>(row) * g.W + at : -1, slab + row * row_stride + at);
   }
   __syncthreads();
 }
@@ -205,10 +211,12 @@ template <class Cut, class T, class A>
 __device__ __forceinline__ void load_column(const Geometry& g,
                                             const T* image,  // [C, *S]
                                             int64_t c, int64_t voxel, bool takes_part, A* lines) {
+  image += c * g.numel() + voxel;
 #pragma unroll
-  for (int i = 0; i < Cut::C; i++)
-    lines[i * Cut::width] =
-        takes_part && (Cut::whole || c + i < g.C) ? load(image + (c + i) * g.numel() + voxel) : A(0);
+  for (int i = 0; i < Cut::C; i++) {
+    lines[i * Cut::width] = takes_part && (Cut::whole || c + i < g.C) ? load(image) : A(0);
+    image += g.numel();
+  }
 }
 
 // A key, for load_slab: its channels, then its bias, 0 or -inf where it takes no part. What such a key holds (a NaN,
@@ -240,7 +248,7 @@ __device__ __forceinline__ void add_products(const A (&own)[Cut::C][Cut::Q], con
 
 // Excludes the offsets that a last chunk has beyond the window.
 template <class Cut, class A>
-__device__ __forceinline__ void exclude_beyond(int64_t offsets, A (&score)[Cut::Q][Cut::N]) {
+__device__ __forceinline__ void exclude_beyond(int offsets, A (&score)[Cut::Q][Cut::N]) {
 #pragma unroll
   for (int n = 0; n < Cut::N; n++)
 #pragma unroll

@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(kThreads, Cut::C == 8 && Cut::whole ? 3 : 2)
     for (int64_t out = 0; out < (Cut::whole ? 1 : g.C); out += Cut::C) {
       A sum[Cut::C][Cut::Q] = {}, features[Cut::C][Cut::Q];
       if (Cut::whole) load_own(g, tile, mine, 0, scale, features);
-      for_slabs(g, tile, [&](int64_t z, int64_t oy, int64_t ox) {
+      for_slabs(g, tile, [&](int z, int oy, int ox) {
+        const A offset_z = static_cast<A>(z - tile.z), offset_y = static_cast<A>(oy), offset_x = static_cast<A>(ox);
         A score[Cut::Q][Cut::N];
         // the chunk of `out` comes last: it is then still in shared memory
         int64_t c = out;
@@ -149,11 +150,11 @@ __global__ void __launch_bounds__(kThreads, Cut::C == 8 && Cut::whole ? 3 : 2)
             add_products<Cut>(features, lines, score);
             if (!Cut::whole && c != out) continue;
             exclude_beyond<Cut>(g.R[2] - ox + 1, score);
-            const A offset_z = static_cast<A>(z - tile.z), offset_y = static_cast<A>(oy + row);
             if constexpr (of == Of::queries)
-              scores_to_ds(own, offset_z, offset_y, static_cast<A>(ox), score);
+              scores_to_ds(own, offset_z, offset_y + static_cast<A>(row), offset_x, score);
             else
-              scores_to_ds<Cut, d>(lines + (Cut::C + 1) * Cut::width, offset_z, offset_y, static_cast<A>(ox), score);
+              scores_to_ds<Cut, d>(lines + (Cut::C + 1) * Cut::width, offset_z, offset_y + static_cast<A>(row),
+                                   offset_x, score);
 #pragma unroll
             for (int i = 0; i < Cut::C; i++) {
               A other[Cut::span];

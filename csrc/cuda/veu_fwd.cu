@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, double>   ? 2
       Softmax<A, d, Cut> softmax;
       A own[Cut::C][Cut::Q];
       load_own(g, tile, queries, 0, scale, own);
-      for_slabs(g, tile, [&](int64_t z, int64_t oy, int64_t ox) {
+      for_slabs(g, tile, [&](int z, int oy, int ox) {
+        const A offset_z = static_cast<A>(z - tile.z), offset_y = static_cast<A>(oy), offset_x = static_cast<A>(ox);
         A score[Cut::Q][Cut::N];
         for (int64_t c = 0; c < (Cut::whole ? 1 : g.C); c += Cut::C) {
           if (!Cut::whole && g.C > Cut::C) load_own(g, tile, queries, c, scale, own);
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, double>   ? 2
             add_products<Cut>(own, lines, score);
             if (!Cut::whole && c + Cut::C < g.C) continue;
             exclude_beyond<Cut>(g.R[2] - ox + 1, score);
-            softmax.add(score, static_cast<A>(z - tile.z), static_cast<A>(oy + row), static_cast<A>(ox));
+            softmax.add(score, offset_z, offset_y + static_cast<A>(row), offset_x);
           }
         }
       });

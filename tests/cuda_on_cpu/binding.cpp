@@ -4,13 +4,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <limits>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "csrc/cuda/host.h"
+#include "csrc/cuda/types.cuh"
 #include "csrc/kernels.h"
 
 namespace py = pybind11;
@@ -183,7 +186,27 @@ PYBIND11_MODULE(kernels_on_cpu, m) {
   m.def("warp_bwd", &warp_bwd);
   m.def("compose_fwd", &compose_fwd);
   m.def("compose_bwd", &compose_bwd);
-  m.def("set_max_blocks", [](int64_t limit) { block_limit = limit; });
+  // of a launch along x, and of a block's shared memory in bytes
+  m.def("set_limits", [](int64_t blocks, size_t shared) {
+    block_limit = blocks;
+    cuda_on_cpu::set_shared_limit(shared);
+  });
+  m.def("to_bits", [](const std::string& dtype, py::array_t<float> values) {
+    array bits(storage(dtype_of(dtype)), shape_of(values));
+    uint16_t* out = static_cast<uint16_t*>(bits.mutable_data());
+    for (py::ssize_t i = 0; i < values.size(); i++)
+      dtype == "float16" ? cover::cuda::store(reinterpret_cast<__half*>(out + i), values.data()[i])
+                         : cover::cuda::store(reinterpret_cast<__nv_bfloat16*>(out + i), values.data()[i]);
+    return bits;
+  });
+  m.def("from_bits", [](const std::string& dtype, py::array_t<uint16_t> bits) {
+    py::array_t<float> values(shape_of(bits));
+    for (py::ssize_t i = 0; i < bits.size(); i++)
+      values.mutable_data()[i] = dtype == "float16"
+                                     ? cover::cuda::load(reinterpret_cast<const __half*>(bits.data() + i))
+                                     : cover::cuda::load(reinterpret_cast<const __nv_bfloat16*>(bits.data() + i));
+    return values;
+  });
   m.def("set_schedule", [](const std::string& name, unsigned seed) {
     using cuda_on_cpu::Schedule;
     cuda_on_cpu::set_schedule(name == "forward"   ? Schedule::forward

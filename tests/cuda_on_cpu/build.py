@@ -1,7 +1,7 @@
-"""Compiles csrc/cuda for the CPU: build("plain" | "address" | "thread") gives the path of a Python extension module.
+"""Compiles csrc/cuda for the CPU: build("plain" | "address" | "thread") gives the folder of a Python extension module.
 
-Needs g++ and pybind11 alone. Objects are cached in the temporary folder under a hash of all that goes into them, so that a
-change of one source compiles one object, and a mutant (test_cuda_mutants.py) too.
+Needs g++ and pybind11 alone. Objects are cached in the temporary folder under a hash of all that goes into them, so
+that a change of one source compiles one object, and a mutant (test_cuda_mutants.py) too.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ VARIANTS = {
     "thread": (["-fsanitize=thread"], ["-DCOVER_TSAN"]),
 }
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
-# The (C, N) that get kernels of their own here: one for each way in which a kernel depends on them. A GPU has them all.
+# The (C, N) that veu gets kernels of its own for here: all ways of being cut. A GPU gets more.
 SIZES = "-DCOVER_VEU_SIZES(X)=X(8,7)X(8,5)X(16,3)X(32,3)"
 
 
@@ -48,6 +48,13 @@ def sources() -> dict[str, str]:
     """What is compiled of csrc: path -> text. binding.cpp is torch's."""
     paths = [CSRC / "kernels.h", *sorted((CSRC / "cuda").iterdir())]
     return {str(p.relative_to(CSRC)): p.read_text() for p in paths if p.name != "binding.cpp" and p.is_file()}
+
+
+def of_types(csrc: dict[str, str], *types: str) -> dict[str, str]:
+    """`csrc` with kernels for some storage types alone, such as "f32": all else would compile for all of them."""
+    case = re.compile(r"case Dtype::(\w+): return f\(.*\);")
+    kept = case.sub(lambda m: m[0] if m[1] in types else "", csrc["cuda/types.cuh"])
+    return csrc | {"cuda/types.cuh": kept.replace("switch (dtype) {", "switch (dtype) { default: break;")}
 
 
 def _with_headers(path: str, files: dict[str, str], seen: set[str]) -> set[str]:

@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from cuda_on_cpu.build import COMPILER, build, load
 
 SCHEDULES = ("forward", "reverse", "random")
 _DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# the dtypes that binding.cpp is told, as positions of the tensors that have them
+# operator -> positions of the tensors whose dtypes binding.cpp is told
 _TYPED = {
     "veu_fwd": (0,),
     "veu_bwd": (1,),
@@ -30,6 +31,11 @@ _TYPED = {
     "compose_fwd": (0,),
     "compose_bwd": (0,),
 }
+
+
+@cache
+def _module():
+    return load(build())
 
 
 def _to_numpy(value):
@@ -42,11 +48,11 @@ def _to_numpy(value):
 class Harness(TorchDispatchMode):
     """Redirects the registered operators, forward and backward, to the kernels on the CPU, in one schedule."""
 
-    def __init__(self, schedule: str = "forward", seed: int = 0, max_blocks: int = 2**31 - 1):
+    def __init__(self, schedule: str = "forward", max_blocks: int = 2**31 - 1, max_shared: int = 227 * 1024):
         super().__init__()
-        self.module = load(build())
-        self.module.set_schedule(schedule, seed)
-        self.module.set_max_blocks(max_blocks)
+        self.module = _module()
+        self.module.set_schedule(schedule, 0)
+        self.module.set_limits(max_blocks, max_shared)
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

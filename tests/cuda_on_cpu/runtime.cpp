@@ -53,7 +53,7 @@ namespace cuda_on_cpu {
 namespace {
 
 constexpr size_t kStack = 256 << 10, kPage = 4096;
-constexpr size_t kStaticShared = 48 << 10, kOptInShared = 227 << 10, kRedZone = 256;
+constexpr size_t kStaticShared = 48 << 10, kRedZone = 256;
 constexpr unsigned kWarp = 32, kMaxThreads = 1024, kMaxGridYZ = 65535;
 
 enum class State { ready, at_barrier, in_shuffle, done };
@@ -85,6 +85,7 @@ const std::function<void()>* thread_body;
 std::map<int, Array> static_shared;  // declaration -> array of the current block
 size_t static_shared_end;            // in the arena
 Array arena, dynamic_shared_array;
+size_t shared_limit = 227 << 10;               // of a kernel that asks for more than kStaticShared
 std::map<const void*, size_t> allowed_shared;  // by cudaFuncSetAttribute
 cudaError_t last_error = cudaSuccess;
 std::exception_ptr failure;  // of a thread
@@ -287,6 +288,10 @@ void set_schedule(Schedule order, unsigned seed) {
   generator.seed(seed);
 }
 
+void set_shared_limit(size_t bytes) {
+  shared_limit = bytes;
+}
+
 void barrier(int line) {
   current->state = State::at_barrier;
   current->barrier = line;
@@ -319,7 +324,7 @@ void* shared_bytes(int declaration, size_t size, size_t alignment) {
 }
 
 cudaError_t allow_shared_bytes(const void* kernel, int bytes) {
-  if (bytes < 0 || static_cast<size_t>(bytes) > kOptInShared) return last_error = cudaErrorInvalidValue;
+  if (bytes < 0 || static_cast<size_t>(bytes) > shared_limit) return last_error = cudaErrorInvalidValue;
   allowed_shared[kernel] = bytes;
   return cudaSuccess;
 }
@@ -383,6 +388,6 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = cuda_on_cpu::kOptInShared;
+  *value = static_cast<int>(cuda_on_cpu::shared_limit);
   return cudaSuccess;
 }

@@ -1,0 +1,153 @@
+"""The CUDA sources, run on the CPU (cuda_on_cpu): values against the float64 reference in three schedules, limits of a
+launch, and the sanitizers."""
+
+import shutil
+from functools import cache
+
+import numpy as np
+import operators
+import pytest
+import torch
+from cuda_on_cpu.build import COMPILER, build, of_types, sources
+from cuda_on_cpu.harness import SCHEDULES, Harness, replay
+from cuda_on_cpu.rewrite import rewrite
+from operators import CASES, DTYPES, Case, assert_close, grad_like, sample_inputs
+
+import cover_kernels
+
+pytestmark = pytest.mark.skipif(not shutil.which(COMPILER), reason=f"the harness needs the compiler {COMPILER}")
+
+# ways of being cut that the common table does not reach
+MORE = {
+    "veu": [
+        Case("most channels of a kernel of its own", (5, 18), B=1, channels=32, window=3),
+        Case("volume, kernel of its own and groups", (3, 5, 9), B=1, channels=8, heads=2, window=7, mask="random"),
+        Case("window of its own kernel, another depth", (4, 5, 9), B=1, channels=8, window=(1, 5, 5)),
+        Case("several tiles in depth", (3, 17, 35), B=1, channels=8, window=5),
+    ],
+    "warp": [],
+    "compose": [],
+}
+PARAMETERS = [(operator, case) for operator in operators.OPERATORS for case in CASES[operator] + MORE[operator]]
+
+
+def run(function, tensors, grad, *, deterministic=True, **harness):
+    """([output, gradients...], the harness) of a function of leaf tensors. Outputs are allocated full of NaN."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with Harness(**harness) as ran:
+            y = function(*leaves)
+            grads = torch.autograd.grad(y, leaves, grad.to(y.dtype))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return [y.detach(), *grads], ran
+
+
+def expected(operator, case, dtype):
+    """Function, tensors and gradient of a case, and what the reference makes of them in this dtype and in float64."""
+    function, tensors = sample_inputs(operator, case, dtype)
+    exact_tensors = [t.double() for t in tensors]
+    grad = grad_like(function(*exact_tensors))
+    same = operators.run(function, tensors, "reference", grad)
+    return function, tensors, grad, same, operators.run(function, exact_tensors, "reference", grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("operator", "case"), PARAMETERS, ids=str)
+def test_agrees_with_reference_in_every_schedule(operator, case, dtype):
+    function, tensors, grad, same, exact = expected(operator, case, dtype)
+    results = [run(function, tensors, grad, schedule=schedule)[0] for schedule in SCHEDULES]
+    assert_close(results[0], same, exact)
+    # the same bits, whatever the order of blocks and threads
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operator", ["warp", "compose"])
+def test_atomics_agree_with_reference(operator, dtype):
+    for case in CASES[operator]:
+        function, tensors, grad, same, exact = expected(operator, case, dtype)
+        for schedule in SCHEDULES:
+            assert_close(run(function, tensors, grad, deterministic=False, schedule=schedule)[0], same, exact)
+
+
+@pytest.mark.parametrize(("operator", "case"), [(o, c) for o, c in PARAMETERS if "tile" in c.why or "odd" in c.why])
+def test_more_work_than_a_launch_may_have_blocks(operator, case):
+    function, tensors, grad, _, _ = expected(operator, case, torch.float32)
+    few, many = run(function, tensors, grad, max_blocks=2)[0], run(function, tensors, grad)[0]
+    assert all(torch.equal(a, b) for a, b in zip(few, many, strict=True))
+
+
+def test_keys_that_take_no_part_may_hold_anything():
+    q, k = torch.randn(2, 1, 16, 6, 9, generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(1, 1, 6, 9) < 0.6
+    grad = torch.ones(1, 2, 6, 9)
+    wild = torch.where(mask, k, torch.tensor(float("nan")))
+    for window in (5, 9):  # a kernel of its own, and the general one
+
+        def function(q, k, window=window):
+            return cover_kernels.veu(q, k, window, heads=2, mask=mask)
+
+        expected = run(function, (q, torch.where(mask, k, 0)), grad)[0]
+        for a, e in zip(run(function, (q, wild), grad)[0], expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=0, atol=0)
+
+
+def test_too_little_shared_memory_is_a_clear_error():
+    q = torch.randn(1, 32, 4, 4)
+    with pytest.raises(RuntimeError, match=r"veu: a block needs \d+ bytes of shared memory, the device has 20000"):
+        run(lambda q, k: cover_kernels.veu(q, k, 3), (q, q), torch.ones(1, 2, 4, 4), max_shared=20000)
+
+
+def test_half_types_of_the_harness_round_as_those_of_torch():
+    module = Harness().module
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    generator = np.random.default_rng(0)
+    # all magnitudes from below the smallest float16 to beyond the largest; bfloat16's neighbours of them
+    values = generator.standard_normal(20000) * 2.0 ** generator.integers(-30, 18, 20000)
+    for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
+        numbers = torch.from_numpy(bits).view(dtype).float()
+        np.testing.assert_array_equal(module.from_bits(name, bits), numbers.numpy())
+        # with the ties between any two neighbours
+        ties = torch.cat([torch.from_numpy(values).float(), (numbers[:-1] + numbers[1:]) / 2, numbers])
+        ties = ties[~ties.isnan()]
+        rounded = module.to_bits(name, ties.numpy())
+        np.testing.assert_array_equal(rounded, ties.to(dtype).view(torch.uint16).numpy())
+
+
+def test_rewriting_keeps_lines_and_finds_template_arguments():
+    source = "a;\nf<T, decltype(d)::value><<<n, dim3(8, 4),\n  0, s>>>(x, y);\nextern __shared__ float4 m[];\n"
+    assert rewrite(source) == (
+        "a;\ncuda_on_cpu::launch(f<T, decltype(d)::value>, {n, dim3(8, 4),\n  0, s}, x, y);\n"
+        "auto* m = cuda_on_cpu::dynamic_shared<float4>();\n"
+    )
+    assert rewrite("__shared__ A t[8][N + 1];") == "auto& t = cuda_on_cpu::shared<A[8][N + 1]>(__COUNTER__);"
+
+
+# what the sanitizers see, in float32: a case of each way of being cut
+SANITIZED = {
+    "veu": ["one voxel", "several tiles along both axes", "window wider than image", "volume", "groups and mask"],
+    "warp": ["odd sizes", "one voxel wide", "volume, anisotropic stride"],
+    "compose": ["same level", "volume, anisotropic stride"],
+}
+
+
+@cache
+def sanitized_calls():
+    calls = []
+    for operator, case in PARAMETERS:
+        if case.why in SANITIZED[operator]:
+            function, tensors, grad, _, _ = expected(operator, case, torch.float32)
+            for deterministic in (True, False):
+                calls += run(function, tensors, grad, deterministic=deterministic)[1].calls
+    return calls
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("variant", ["address", "thread"])
+def test_sanitizers_find_nothing(variant, schedule):
+    folder = build(variant, of_types(sources(), "f32"), sizes="-DCOVER_VEU_SIZES(X)=X(8,5)")
+    done = replay(folder, sanitized_calls(), variant, schedule)
+    assert done.returncode == 0, done.stderr[-4000:]
