@@ -58,10 +58,10 @@ def to_acc(x):
 
 
 @triton.jit
-def block_of_voxels(index, P, BLOCK: tl.constexpr, I: tl.constexpr):
-    """Block `index` of a stack of volumes: the volume (int64), voxels [BLOCK] in I, and which of them exist."""
+def block_of_voxels(index, P, BLOCK: tl.constexpr, INDEX: tl.constexpr):
+    """Block `index` of a stack of volumes: the volume (int64), voxels [BLOCK] in INDEX, and which of them exist."""
     blocks = tl.cdiv(P, BLOCK)
-    voxel = (index % blocks * BLOCK).to(I) + tl.arange(0, BLOCK)
+    voxel = (index % blocks * BLOCK).to(INDEX) + tl.arange(0, BLOCK)
     return index // blocks, voxel, voxel < P
 
 
@@ -123,7 +123,7 @@ def _clamp(axis, size, BIT: tl.constexpr):
 
 
 @triton.jit
-def find_corners(cell, D, H, W, d: tl.constexpr, I: tl.constexpr):
+def find_corners(cell, D, H, W, d: tl.constexpr, INDEX: tl.constexpr):
     """The 2^d corners of each cell: indices into the volume, weights, and which corners count, a tuple each.
 
     A corner outside the volume does not count: it has weight 0. A NaN position gives NaN weights. Corner k takes the
@@ -134,7 +134,7 @@ def find_corners(cell, D, H, W, d: tl.constexpr, I: tl.constexpr):
         weight = _factor(cell[0], k // 4) * _factor(cell[1], k // 2 % 2) * _factor(cell[2], k % 2)
         inside = _inside(cell[0], D, k // 4) & _inside(cell[1], H, k // 2 % 2) & _inside(cell[2], W, k % 2)
         counts = inside | (weight != weight)
-        row = _clamp(cell[0], D, k // 4).to(I) * H + _clamp(cell[1], H, k // 2 % 2)
+        row = _clamp(cell[0], D, k // 4).to(INDEX) * H + _clamp(cell[1], H, k // 2 % 2)
         indices = indices + (row * W + _clamp(cell[2], W, k % 2),)
         weights = weights + (tl.where(counts, weight, 0),)
         counted = counted + (counts,)
@@ -187,12 +187,12 @@ def _power_of_two(e):
 
 
 @triton.jit
-def _exponent_kernel(x, exponents, programs, P, BLOCK: tl.constexpr, I: tl.constexpr):
+def _exponent_kernel(x, exponents, programs, P, BLOCK: tl.constexpr, INDEX: tl.constexpr):
     """exponents[i] = that of the largest finite number in volume i of x [volumes, P], biased as in float64."""
     index = program()
     if index >= programs:
         return
-    i, voxel, valid = block_of_voxels(index, P, BLOCK, I)
+    i, voxel, valid = block_of_voxels(index, P, BLOCK, INDEX)
     number = to_acc(tl.load(x + i * P + voxel, mask=valid, other=0))
     bits = number.to(tl.float64).to(tl.int64, bitcast=True)
     biased = (bits >> 52) & 2047
@@ -223,13 +223,13 @@ def scatter(sums, words, out, at, number, valid, scale, spare, WORDS: tl.constex
 
 @triton.jit
 def _finish_kernel(
-    sums, words, out, exponents, programs, P, spare, WORDS: tl.constexpr, BLOCK: tl.constexpr, I: tl.constexpr
+    sums, words, out, exponents, programs, P, spare, WORDS: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr
 ):
     """out [volumes, P] = the integer sums, but NaN where it was marked."""
     index = program()
     if index >= programs:
         return
-    i, voxel, valid = block_of_voxels(index, P, BLOCK, I)
+    i, voxel, valid = block_of_voxels(index, P, BLOCK, INDEX)
     at = i * P + voxel
     total = tl.load(sums + at, mask=valid, other=0).to(tl.float64)
     if WORDS == 2:
@@ -275,5 +275,5 @@ def launch(kernel, x, volumes, *args, **kwargs):
     """Run a kernel over blocks of voxels of so many volumes of the size of x's."""
     P = x[0, 0].numel()
     programs = volumes * triton.cdiv(P, BLOCK)
-    kwargs.update(programs=programs, P=P, BLOCK=BLOCK, I=index_type(P), num_warps=max(1, BLOCK // lanes()))
+    kwargs.update(programs=programs, P=P, BLOCK=BLOCK, INDEX=index_type(P), num_warps=max(1, BLOCK // lanes()))
     kernel[grid(programs)](*args, **kwargs)

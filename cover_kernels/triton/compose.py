@@ -61,16 +61,16 @@ def _compose_fwd(
     d: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
-    I: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     index = program()
     if index >= programs:
         return
-    b, voxel, valid = block_of_voxels(index, P, BLOCK, I)
+    b, voxel, valid = block_of_voxels(index, P, BLOCK, INDEX)
     w = _components(residual, b, voxel, valid, P, d, ACC)
     CD, CH, CW = D // SZ, H // SY, W // SX
     cell = _coarse_cell(w, voxel, D, H, W, SZ, SY, SX, ACC)
-    indices, weights, _ = find_corners(cell, CD, CH, CW, d, I)
+    indices, weights, _ = find_corners(cell, CD, CH, CW, d, INDEX)
     strides = (SZ, SY, SX)
     for a in tl.static_range(d):
         plane = flow + (b * d + a) * (tl.cast(CD, tl.int64) * CH * CW)
@@ -101,17 +101,17 @@ def _compose_bwd(
     ACC: tl.constexpr,
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
-    I: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     index = program()
     if index >= programs:
         return
-    b, voxel, valid = block_of_voxels(index, P, BLOCK, I)
+    b, voxel, valid = block_of_voxels(index, P, BLOCK, INDEX)
     w = _components(residual, b, voxel, valid, P, d, ACC)
     grad = _components(grad_y, b, voxel, valid, P, d, ACC)
     CD, CH, CW = D // SZ, H // SY, W // SX
     cell = _coarse_cell(w, voxel, D, H, W, SZ, SY, SX, ACC)
-    indices, weights, counted = find_corners(cell, CD, CH, CW, d, I)
+    indices, weights, counted = find_corners(cell, CD, CH, CW, d, INDEX)
     strides = (SZ, SY, SX)
     products = ()
     for k in tl.static_range(2**d):

@@ -30,7 +30,20 @@ from cover_kernels.triton.common import (
 
 @triton.jit
 def _displaced(
-    flow, b, voxel, valid, D, H, W, SZ, SY, SX, d: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr, I: tl.constexpr
+    flow,
+    b,
+    voxel,
+    valid,
+    D,
+    H,
+    W,
+    SZ,
+    SY,
+    SX,
+    d: tl.constexpr,
+    UP: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     """Positions p + u(p) of voxels [BLOCK] along D (0 in 2D), H and W; u = Up(flow), flow [B, d, *(S / stride)]."""
     z, y, x = voxel_position(voxel, H, W, ACC)
@@ -39,7 +52,7 @@ def _displaced(
     flow += b * d * plane
     if UP:
         coarse = find_cell(coarse_position(z, SZ), coarse_position(y, SY), coarse_position(x, SX), CD, CH, CW, True)
-        indices, weights, _ = find_corners(coarse, CD, CH, CW, d, I)
+        indices, weights, _ = find_corners(coarse, CD, CH, CW, d, INDEX)
         if d == 3:
             z += SZ * sample(flow, indices, weights, valid)
         y += SY * sample(flow + (d - 2) * plane, indices, weights, valid)
@@ -72,14 +85,14 @@ def _warp_fwd(
     BORDER: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
-    I: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     index = program()
     if index >= programs:
         return
-    b, voxel, valid = block_of_voxels(index, P, BLOCK, I)
-    at_z, at_y, at_x = _displaced(flow, b, voxel, valid, D, H, W, SZ, SY, SX, d, UP, ACC, I)
-    indices, weights, _ = find_corners(find_cell(at_z, at_y, at_x, D, H, W, BORDER), D, H, W, d, I)
+    b, voxel, valid = block_of_voxels(index, P, BLOCK, INDEX)
+    at_z, at_y, at_x = _displaced(flow, b, voxel, valid, D, H, W, SZ, SY, SX, d, UP, ACC, INDEX)
+    indices, weights, _ = find_corners(find_cell(at_z, at_y, at_x, D, H, W, BORDER), D, H, W, d, INDEX)
     for c in range(C):
         channel = (b * C + c) * P
         tl.store(y + channel + voxel, sample(x + channel, indices, weights, valid), mask=valid)
@@ -111,17 +124,17 @@ def _warp_bwd(
     ACC: tl.constexpr,
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
-    I: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     index = program()
     if index >= programs:
         return
-    b, voxel, valid = block_of_voxels(index, P, BLOCK, I)
-    at_z, at_y, at_x = _displaced(flow, b, voxel, valid, D, H, W, SZ, SY, SX, d, UP, ACC, I)
+    b, voxel, valid = block_of_voxels(index, P, BLOCK, INDEX)
+    at_z, at_y, at_x = _displaced(flow, b, voxel, valid, D, H, W, SZ, SY, SX, d, UP, ACC, INDEX)
     cell = find_cell(at_z, at_y, at_x, D, H, W, BORDER)
-    indices, weights, counted = find_corners(cell, D, H, W, d, I)
+    indices, weights, counted = find_corners(cell, D, H, W, d, INDEX)
     products = ()
-    for k in tl.static_range(2**d):
+    for _ in tl.static_range(2**d):
         products = products + (tl.zeros((BLOCK,), ACC),)
     for c in range(C):
         channel = (b * C + c) * P
@@ -164,13 +177,13 @@ def _upsample_bwd(
     SX,
     d: tl.constexpr,
     BLOCK: tl.constexpr,
-    I: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     index = program()
     if index >= programs:
         return
     ACC: tl.constexpr = grad_u.dtype.element_ty
-    i, voxel, valid = block_of_voxels(index, P, BLOCK, I)
+    i, voxel, valid = block_of_voxels(index, P, BLOCK, INDEX)
     CD, CH, CW = D // SZ, H // SY, W // SX
     z, y, x = voxel // CW // CH, voxel // CW % CH, voxel % CW
     total = tl.zeros((BLOCK,), ACC)

@@ -1,0 +1,36 @@
+"""The rows of the operators' table that run in Triton's interpreter."""
+
+from dataclasses import replace
+
+import torch
+from operators import CASES, DTYPES, OPERATORS
+
+# every dtype where something depends on it, float32 elsewhere
+ALL_DTYPES = ("one voxel", "groups and mask", "odd sizes", "volume, anisotropic stride")
+
+# several groups; several blocks of voxels; a scatter in which many voxels meet
+PAIRED = {
+    operator: next(case for case in CASES[operator] if case.why == why)
+    for operator, why in (
+        ("veu", "groups"),
+        ("warp", "row longer than a segment"),
+        ("compose", "row longer than a segment"),
+    )
+}
+
+
+def small(operator, case):
+    """A case that takes seconds at most: an operation costs the interpreter the same whatever the length of a row."""
+    if operator != "veu":
+        return case
+    limits = (3, 4) if len(case.S) == 3 else (6,)
+    S = (*map(min, case.S, limits), case.S[-1])
+    return replace(case, S=S, B=min(case.B, 4 - len(S)))
+
+
+def table():
+    """(operator, case, dtype) of all that is run."""
+    for operator in OPERATORS:
+        for case in CASES[operator]:
+            for dtype in DTYPES if case.why in ALL_DTYPES else (torch.float32,):
+                yield operator, small(operator, case), dtype
