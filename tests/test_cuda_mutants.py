@@ -55,7 +55,7 @@ MUTANTS = [
         "groups",
         "thread",
     ),
-    Mutant("a row too many at the far border", "veu.cuh", "y + row < g.H", "y + row <= g.H", "veu", "groups"),
+    Mutant("a key beyond the far border", "veu.cuh", "x + at < g.W", "x + at <= g.W", "veu", "groups"),
     Mutant("no tail guard", "veu.cuh", "return inside(g) && my_x + i < g.W", "return inside(g)", "veu", "groups"),
     Mutant("key mask forgotten", "veu.cuh", "(!mask || mask[voxel])", "true", "veu", "groups and mask"),
     Mutant(
@@ -76,7 +76,12 @@ MUTANTS = [
         "address",
     ),
     Mutant(
-        "offsets beyond the window", "veu_fwd.cu", "g.R[2] - ox + 1", "g.R[2] - ox + 2", "veu", "window of several chunks"
+        "an offset beyond the window",
+        "veu_fwd.cu",
+        "g.R[2] - ox + 1",
+        "g.R[2] - ox + 2",
+        "veu",
+        "window of several chunks",
     ),
     Mutant("swapped axes", "veu_fwd.cu", "decay + row * oy", "decay + row * ox", "veu", "window wider than image"),
     Mutant("scale without log2(e)", "veu_fwd.cu", "a.scale * kLog2e", "a.scale", "veu", "groups"),
@@ -99,7 +104,12 @@ MUTANTS = [
         "groups and mask",
     ),
     Mutant(
-        "a corner outside the image", "sample.cuh", "at >= 0 && at < size", "at >= 0 && at <= size", "warp", "odd sizes"
+        "a corner outside the image",
+        "sample.cuh",
+        "at >= 0 && at < size",
+        "at >= 0 && at <= size",
+        "warp",
+        "one voxel wide",
     ),
     Mutant(
         "a term is lost",
