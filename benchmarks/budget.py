@@ -70,14 +70,16 @@ def compile_file(name: str, arch: int, sizes: str | None = None) -> tuple[Path, 
 
     `sizes`: the (C, N) that veu gets kernels of its own for, such as "X(8,5) X(8,7)"; the default is the source's.
     """
-    defines = [f"-DCOVER_VEU_SIZES(X)={sizes}"] if sizes else []
+    define = f"#define COVER_VEU_SIZES(X) {sizes}\n" if sizes else ""
     headers = sorted([*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), CUDA.parent / "kernels.h"])
-    content = [compiler(), str(arch), *defines, *(p.read_text() for p in [CUDA / f"{name}.cu", *headers])]
+    content = [compiler(), str(arch), define, *(p.read_text() for p in [CUDA / f"{name}.cu", *headers])]
     folder = Path(tempfile.gettempdir()) / "cover_budget" / hashlib.sha256("\0".join(content).encode()).hexdigest()[:20]
     cubin, report = folder / f"{name}.cubin", folder / "report"
     if not report.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        flags = ["-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", *defines]
+        first = folder / "sizes.h"  # nvcc takes no macro with parameters from its command line
+        first.write_text(define)
+        flags = ["-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "-include", str(first)]
         text = run(find("nvcc"), *flags, str(CUDA / f"{name}.cu"), "-o", str(cubin))
         report.write_text(text)
     return cubin, report.read_text()
