@@ -4,19 +4,18 @@ A mutant is one replacement in one source. It is compiled for float32 alone, and
 its own, since it may well crash.
 """
 
-import shutil
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from cuda_on_cpu.build import COMPILER, build, of_types, sources
+from cuda_on_cpu.build import build, missing, of_types, sources
 from cuda_on_cpu.harness import replay
 from operators import CASES
 from test_cuda_on_cpu import expected, run
 
-pytestmark = pytest.mark.skipif(not shutil.which(COMPILER), reason=f"the harness needs the compiler {COMPILER}")
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 SIZES = "-DCOVER_VEU_SIZES(X)=X(8,5)"
 
@@ -57,6 +56,14 @@ MUTANTS = [
     ),
     Mutant("a key beyond the far border", "veu.cuh", "x + at < g.W", "x + at <= g.W", "veu", "groups"),
     Mutant("no tail guard", "veu.cuh", "return inside(g) && my_x + i < g.W", "return inside(g)", "veu", "groups"),
+    Mutant(
+        "threads that skip a barrier",
+        "veu_fwd.cu",
+        "A mean[d][Cut::Q] = {};",
+        "A mean[d][Cut::Q] = {}; if (!tile.inside(g)) continue;",
+        "veu",
+        "groups",
+    ),
     Mutant("key mask forgotten", "veu.cuh", "(!mask || mask[voxel])", "true", "veu", "groups and mask"),
     Mutant(
         "a line of the wrong width",

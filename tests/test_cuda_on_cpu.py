@@ -1,21 +1,20 @@
 """The CUDA sources, run on the CPU (cuda_on_cpu): values against the float64 reference in three schedules, limits of a
 launch, and the sanitizers."""
 
-import shutil
 from functools import cache
 
 import numpy as np
 import operators
 import pytest
 import torch
-from cuda_on_cpu.build import COMPILER, build, of_types, sources
+from cuda_on_cpu.build import build, missing, of_types, sources
 from cuda_on_cpu.harness import SCHEDULES, Harness, replay
 from cuda_on_cpu.rewrite import rewrite
 from operators import CASES, DTYPES, Case, assert_close, grad_like, sample_inputs
 
 import cover_kernels
 
-pytestmark = pytest.mark.skipif(not shutil.which(COMPILER), reason=f"the harness needs the compiler {COMPILER}")
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 # ways of being cut that the common table does not reach
 MORE = {

@@ -7,7 +7,9 @@ that a change of one source compiles one object, and a mutant (test_cuda_mutants
 import hashlib
 import importlib.util
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sysconfig
 import tempfile
@@ -31,6 +33,13 @@ VARIANTS = {
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # The (C, N) that veu gets kernels of its own for here: all ways of being cut. A GPU gets more.
 SIZES = "-DCOVER_VEU_SIZES(X)=X(8,7)X(8,5)X(16,3)X(32,3)"
+
+
+def missing() -> str:
+    """Why this machine cannot run the harness; empty where it can."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"the harness switches between fibers on x86-64 only, this is {platform.machine()}"
+    return "" if shutil.which(COMPILER) else f"the harness needs the compiler {COMPILER}"
 
 
 def _cache() -> Path:
