@@ -23,9 +23,9 @@ def small(operator, case):
     """A case that takes seconds at most: an operation costs the interpreter the same whatever the length of a row."""
     if operator != "veu":
         return case
-    limits = (3, 4) if len(case.S) == 3 else (6,)
+    limits = (2, 3) if len(case.S) == 3 else (4,)
     S = (*map(min, case.S, limits), case.S[-1])
-    return replace(case, S=S, B=min(case.B, 4 - len(S)))
+    return replace(case, S=S, B=min(case.B, 1 if len(S) == 3 or case.window == 7 else 2))
 
 
 def table():

@@ -174,10 +174,10 @@ def position_gradient(cell, products, counted, d: tl.constexpr):
 #
 #     |number| < 2^exponent,   `terms` numbers at most   ->   scale = spare - exponent,   spare = 62 - ceil(log2(terms))
 #
-# The exponent is that of the largest finite gradient in the volume, found on the device. An error is at most
-# terms * 2^-(scale + 1) per sum: 2^-22 of one rounding of float32, for a volume of 2^21 voxels, relative to the largest
-# gradient. float64 carries a second word for what the first rounds off, with `spare` more bits. A number that is NaN or
-# infinite makes the sum NaN, which is marked in the output before the sums are added to it.
+# The exponent is that of the largest finite gradient in the volume, found on the device. A number is off by at most
+# 2^-(scale + 1), that is 2^-(spare) of the largest one: 2^-41 for 2^21 voxels, where a rounding of float32 is 2^-24.
+# float64 carries a second word, with `spare` more bits, for what the first rounds off. A number that is NaN or infinite
+# makes the sum NaN: that is marked in the output before the sums are brought there.
 
 
 @triton.jit

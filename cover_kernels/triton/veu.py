@@ -138,8 +138,9 @@ def _veu_fwd(
     for j in range(J):
         group = (b * J + j) * C * P
         query = _scaled(_load(q + group, at, here, P, C, VEC, ACC), factor)
-        # the first maximum is finite, so that -inf - top is never NaN
-        top, total, m_z, m_y, m_x = zeros - 1e38, zeros, zeros, zeros, zeros
+        # the first maximum is half the least number: finite, so that -inf - top is never NaN
+        top = zeros - (8e307 if ACC == tl.float64 else 1.7e38)
+        total, m_z, m_y, m_x = zeros, zeros, zeros, zeros
         for key_z in range(tl.maximum(z - RZ, 0), tl.minimum(z + RZ + 1, D)):
             for key_y in range(tl.maximum(y0 - RY, 0), tl.minimum(y0 + ROWS + RY, H)):
                 near = tl.abs(key_y - y) <= RY
