@@ -67,12 +67,13 @@ def of_types(csrc: dict[str, str], *types: str) -> dict[str, str]:
 
 
 def _with_headers(path: str, files: dict[str, str], seen: set[str]) -> set[str]:
-    """`path` and all that it includes of the project's."""
+    """`path` and all that it includes of the project's and of the harness's."""
     if path not in seen:
         seen.add(path)
-        for name in re.findall(r'#include "([^"]+)"', files[path]):
-            found = os.path.normpath(os.path.join(os.path.dirname(path), name))
-            _with_headers(found if found in files else name, files, seen)
+        for name in re.findall(r'#include ["<]([^">]+)[">]', files[path]):
+            places = (os.path.normpath(os.path.join(os.path.dirname(path), name)), name, f"include/{name}")
+            for found in {place for place in places if place in files}:
+                _with_headers(found, files, seen)
     return seen
 
 
