@@ -65,14 +65,20 @@ def compiler() -> str:
     return re.search(r"release ([\d.]+)", run(find("nvcc"), "--version"))[1]
 
 
+def with_headers(path: Path) -> list[Path]:
+    """A source and all that it includes of the project's."""
+    included = re.findall(r'#include "([^"]+)"', path.read_text())
+    headers = (p for name in included for p in with_headers((path.parent / name).resolve()))
+    return [path, *sorted(set(headers))]
+
+
 def compile_file(name: str, arch: int, sizes: str | None = None) -> tuple[Path, str]:
     """(cubin, ptxas' report) of one source for one architecture, from a cache in the temporary folder.
 
     `sizes`: the (C, N) that veu gets kernels of its own for, such as "X(8,5) X(8,7)"; the default is the source's.
     """
     define = f"#define COVER_VEU_SIZES(X) {sizes}\n" if sizes else ""
-    headers = sorted([*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), CUDA.parent / "kernels.h"])
-    content = [compiler(), str(arch), define, *(p.read_text() for p in [CUDA / f"{name}.cu", *headers])]
+    content = [compiler(), str(arch), define, *(p.read_text() for p in with_headers(CUDA / f"{name}.cu"))]
     folder = Path(tempfile.gettempdir()) / "cover_budget" / hashlib.sha256("\0".join(content).encode()).hexdigest()[:20]
     cubin, report = folder / f"{name}.cubin", folder / "report"
     if not report.exists():

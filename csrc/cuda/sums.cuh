@@ -41,12 +41,12 @@ struct FixedSums {
   int bits;             // of a term in each word
   const int* exponent;  // of the largest term, with bias: one int on the device
   int e;
-  A scale;  // 2^e
+  A scale, finer;  // 2^e; 2^bits, by which the second word is finer
 
   __device__ __forceinline__ void prepare() {
     // the limit bites where the terms are below the smallest normal number
     e = min(*exponent ? bits - 1 - (*exponent - kBias) : 0, kLargestExponent);
-    scale = scalbn(A(1), e);
+    scale = scalbn(A(1), e), finer = scalbn(A(1), bits);
   }
 
   __device__ __forceinline__ void add(int64_t i, A term) const {
@@ -58,7 +58,7 @@ struct FixedSums {
     atomicAdd(words + i, static_cast<unsigned long long>(whole));
     if (kWords == 2) {
       const A rest = term * scale - static_cast<A>(whole);
-      atomicAdd(words + n + i, static_cast<unsigned long long>(llrint(scalbn(rest, bits))));
+      atomicAdd(words + n + i, static_cast<unsigned long long>(llrint(rest * finer)));
     }
   }
 
@@ -111,7 +111,7 @@ inline void accumulate(const char* op, T* out, int64_t n, const T* bounds, int64
     int* exponent = static_cast<int*>(workspace);
     int bits = FixedSums<A>::kBits;
     for (int64_t r = 1; r < room; r *= 2) bits--;
-    const FixedSums<A> sums{reinterpret_cast<unsigned long long*>(exponent + 4), n, bits, exponent, 0, A(1)};
+    const FixedSums<A> sums{reinterpret_cast<unsigned long long*>(exponent + 4), n, bits, exponent, 0, A(1), A(1)};
     // a few blocks for each multiprocessor of the largest GPUs: more would only queue at the one exponent
     const unsigned blocks = std::min(blocks_for(n_bounds, kSumThreads), 1024u);
     largest_exponent<T><<<blocks, kSumThreads, 0, stream>>>(bounds, n_bounds, exponent);
