@@ -69,11 +69,12 @@ def sampling(C, S, stride, dtype, deterministic, border=False):
 
 PLANE, VOLUME = (384, 384), (48, 48, 48)
 EVERYWHERE = {
-    "veu volume, C=8 N=3": lambda: veu(8, 3, VOLUME, torch.float32),
+    "veu volume, C=4 N=3": lambda: veu(4, 3, VOLUME, torch.float32),
     "sampling plane, coarser flow": lambda: sampling(8, PLANE, 2, torch.float32, False),
 }
 ON_SM_90 = {
     "sampling volume, coarser flow": lambda: sampling(8, VOLUME, 2, torch.float32, False),
+    "veu volume, C=8 N=5": lambda: veu(8, 5, VOLUME, torch.float32),
     "veu plane, C=8 N=7": lambda: veu(8, 7, PLANE, torch.float32),
     "veu plane, C=16 N=5, bfloat16": lambda: veu(16, 5, PLANE, torch.bfloat16),
     "veu plane, C=32 N=3, bfloat16, groups and mask": lambda: veu(32, 3, PLANE, torch.bfloat16, 2, masked=True),

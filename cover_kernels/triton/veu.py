@@ -139,7 +139,7 @@ def _veu_fwd(
         group = (b * J + j) * C * P
         query = _scaled(_load(q + group, at, here, P, C, VEC, ACC), factor)
         # the first maximum is half the least number: finite, so that -inf - top is never NaN
-        top = zeros - (8e307 if ACC == tl.float64 else 1.7e38)
+        top = zeros - (8e307 if v.dtype.element_ty == tl.float64 else 1.7e38)
         total, m_z, m_y, m_x = zeros, zeros, zeros, zeros
         for key_z in range(tl.maximum(z - RZ, 0), tl.minimum(z + RZ + 1, D)):
             for key_y in range(tl.maximum(y0 - RY, 0), tl.minimum(y0 + ROWS + RY, H)):
