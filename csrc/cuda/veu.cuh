@@ -2,9 +2,9 @@
 //
 // A block of 8 x 16 threads owns a tile of voxels of one plane, a thread Q neighbours along W. For each plane of the
 // window, the keys that the tile sees are copied into shared memory with their halo, a line for each channel: a thread
-// reads Q + N - 1 neighbouring values of a channel as vectors and each value serves up to Q of its voxels, so that one
-// pair of voxels costs about one shared-memory word for a channel instead of C. The scores of a row of the window stay
-// in registers. The lines beyond the channels hold what else a neighbour brings along. docs/kernels.md has the count.
+// reads Q + N - 1 neighbouring values of a channel as vectors, and each value serves up to Q of its voxels: 12 words
+// for 28 pairs of voxels at Q = 4 and N = 7. The scores of a row of the window stay in registers. The lines beyond the
+// channels hold what else a neighbour brings along. docs/kernels.md has the count.
 //
 // A kernel is compiled for C channels and windows N wide along H and W ("whole"), for the usual sizes. Any other call
 // is served by the same source with a few channels and offsets of one row of the window at a time.
