@@ -6,7 +6,7 @@ import torch
 from operators import CASES, DTYPES, OPERATORS
 
 # every dtype where something depends on it, float32 elsewhere
-ALL_DTYPES = ("one voxel", "groups and mask", "odd sizes", "volume, anisotropic stride")
+ALL_DTYPES = ("one voxel", "channels last", "coarser flow")
 
 # several groups; several blocks of voxels; a scatter in which many voxels meet
 PAIRED = {

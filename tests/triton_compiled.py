@@ -5,7 +5,7 @@
 A process of its own: Triton decides when it is imported whether kernels are compiled or interpreted. The operators are
 called on meta tensors, behind a driver that names the GPU; each launch compiles exactly what the same call would on
 that GPU, alignment of pointers and sizes included. RESULTS (see torch.save) is a dict: (target, case, kernel) ->
-{"registers", "stack", "shared", "ftz": whether some operation takes denormal numbers for 0}; of AMD's code only that it
+{"registers", "stack", "shared", "ftz": whether arithmetic takes denormal numbers for 0}; of AMD's code only that it
 was made, None. Without RESULTS it is printed.
 """
 
@@ -95,7 +95,8 @@ def usage(kernel):
             [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     registers, stack, local = (int(re.search(rf"{what}:(\d+)", printed)[1]) for what in ("REG", "STACK", "LOCAL"))
-    ftz = ".ftz" in kernel.asm["ptx"]
+    # of a position's floor it does no harm
+    ftz = ".ftz" in kernel.asm["ptx"].replace("cvt.rmi.ftz", "")
     return {"registers": registers, "stack": stack + local, "shared": kernel.metadata.shared, "ftz": ftz}
 
 
