@@ -82,11 +82,11 @@ void with_cut(const Veu& a, const F& f) {
 struct Geometry {
   int64_t B, J, C;
   int D, H, W;
-  int R[3];    // the window's radii
-  int ny, nx;  // tiles along H and W
+  int R[3];       // the window's radii
+  int ny, nx;     // tiles along H and W
+  int64_t tiles;  // of one image
 
   __host__ __device__ int64_t numel() const { return static_cast<int64_t>(D) * H * W; }
-  __host__ __device__ int64_t tiles() const { return static_cast<int64_t>(D) * ny * nx; }  // of one image
 };
 
 template <class Cut>
@@ -99,8 +99,8 @@ Geometry geometry(const Veu& a) {
     // a window wider than the image sees no more than one as wide as the image
     R[i] = static_cast<int>(std::min((a.N[i] - 1) / 2, a.S[i] - 1));
   }
-  const auto tiles = [](int size, int tile) { return (size + tile - 1) / tile; };
-  return {a.B, a.J, a.C, S[0], S[1], S[2], {R[0], R[1], R[2]}, tiles(S[1], kThreadsY), tiles(S[2], kThreadsX * Cut::Q)};
+  const int ny = (S[1] + kThreadsY - 1) / kThreadsY, nx = (S[2] + kThreadsX * Cut::Q - 1) / (kThreadsX * Cut::Q);
+  return {a.B, a.J, a.C, S[0], S[1], S[2], {R[0], R[1], R[2]}, ny, nx, static_cast<int64_t>(S[0]) * ny * nx};
 }
 
 // A tile, by the coordinates of its first voxel, and the voxels of this thread in it.
