@@ -22,7 +22,7 @@ MOST_CHANNELS = 32  # in one thread
 MOST_OFFSETS = 9  # scores of a row that are in registers at once; wider windows take several turns
 # What fits into the registers of a thread without spilling (tests/test_triton.py), in numbers of the channels' type:
 # of its own voxels, and in the backward of the voxels of the window that are being loaded.
-OWN_NUMBERS, LOADED_NUMBERS = 64, 40
+OWN_NUMBERS, LOADED_NUMBERS = 64, 32
 
 # Loads are of one voxel per thread whatever the alignment: a thread that held four neighbours for the sake of one wide
 # load of its queries would read the keys, which lie at odd addresses, in strides of four.
