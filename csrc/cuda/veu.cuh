@@ -78,29 +78,39 @@ void with_cut(const Veu& a, const F& f) {
   });
 }
 
-// Sizes, and the cut of the voxels into tiles. Addresses are 64-bit; within an axis 32 bits do, and save registers.
+// Sizes, and the cut of the voxels into tiles. Addresses are 64-bit; within an axis 32 bits do, and save registers, as
+// does what the host works out.
 struct Geometry {
-  int64_t B, J, C;
-  int D, H, W;
-  int R[3];       // the window's radii
-  int ny, nx;     // tiles along H and W
-  int64_t tiles;  // of one image
-
-  __host__ __device__ int64_t numel() const { return static_cast<int64_t>(D) * H * W; }
+  int64_t J, C, numel;  // numel: voxels of an image
+  int B, D, H, W;
+  int R[3];           // the window's radii
+  int ny, nx, tiles;  // tiles along H, along W and of an image
 };
 
 template <class Cut>
 Geometry geometry(const Veu& a) {
   int S[3], R[3];
+  for (int64_t size : {a.B, a.S[0], a.S[1], a.S[2]})
+    if (size > 1 << 30)
+      throw std::runtime_error("veu: the batch and each axis may be 2^30 long on a GPU, got " + std::to_string(size));
   for (int i = 0; i < 3; i++) {
-    if (a.S[i] > 1 << 30)
-      throw std::runtime_error("veu: an axis may have 2^30 voxels on a GPU, got " + std::to_string(a.S[i]));
     S[i] = static_cast<int>(a.S[i]);
     // a window wider than the image sees no more than one as wide as the image
     R[i] = static_cast<int>(std::min((a.N[i] - 1) / 2, a.S[i] - 1));
   }
   const int ny = (S[1] + kThreadsY - 1) / kThreadsY, nx = (S[2] + kThreadsX * Cut::Q - 1) / (kThreadsX * Cut::Q);
-  return {a.B, a.J, a.C, S[0], S[1], S[2], {R[0], R[1], R[2]}, ny, nx, static_cast<int64_t>(S[0]) * ny * nx};
+  const int64_t tiles = static_cast<int64_t>(S[0]) * ny * nx;
+  if (tiles > std::numeric_limits<int>::max())
+    throw std::runtime_error("veu: an image may have 2^31 - 1 tiles on a GPU, got " + std::to_string(tiles));
+  return {a.J, a.C, a.S[0] * a.S[1] * a.S[2], static_cast<int>(a.B), S[0], S[1], S[2], {R[0], R[1], R[2]},
+          ny,  nx,  static_cast<int>(tiles)};
+}
+
+// A block for each tile, of which a launch may have 2^31 - 1; blocks loop over the images beyond 65535.
+inline dim3 grid(const Geometry& g, int64_t images) {
+  dim3 blocks = blocks_for(1, 1, images);
+  blocks.x = static_cast<unsigned>(g.tiles);
+  return blocks;
 }
 
 // A tile, by the coordinates of its first voxel, and the voxels of this thread in it.
@@ -109,17 +119,18 @@ struct Tile {
   int z, y, x;     // of the tile
   int my_y, my_x;  // of this thread's first voxel
 
-  __device__ Tile(const Geometry& g, int64_t number)
-      : z(static_cast<int>(number / (g.ny * static_cast<int64_t>(g.nx)))),
-        y(static_cast<int>(number / g.nx % g.ny) * kThreadsY),
-        x(static_cast<int>(number % g.nx) * (kThreadsX * Cut::Q)),
+  __device__ Tile(const Geometry& g, int number)
+      : z(number / (g.ny * g.nx)),
+        y(number / g.nx % g.ny * kThreadsY),
+        x(number % g.nx * (kThreadsX * Cut::Q)),
         my_y(y + static_cast<int>(threadIdx.y)),
         my_x(x + static_cast<int>(threadIdx.x) * Cut::Q) {}
 
   __device__ bool inside(const Geometry& g) const { return my_y < g.H && my_x < g.W; }
   __device__ bool has(const Geometry& g, int i) const { return inside(g) && my_x + i < g.W; }
+  // Unsigned, for which the upper halves of 64-bit sums are no registers.
   __device__ int64_t first_voxel(const Geometry& g) const {
-    return (static_cast<int64_t>(z) * g.H + my_y) * g.W + my_x;
+    return (static_cast<int64_t>(z) * g.H + static_cast<unsigned>(my_y)) * g.W + static_cast<unsigned>(my_x);
   }
 
   // The rows of a slab that starts at offset oy, between which lie those of the image that this thread's window sees.
@@ -185,7 +196,7 @@ __device__ __forceinline__ void load_own(const Geometry& g, const Tile<Cut>& til
 #pragma unroll
     for (int e = 0; e < Cut::Q; e++) {
       const bool there = tile.has(g, e) && (Cut::whole || c + i < g.C);
-      own[i][e] = there ? load(image + (c + i) * g.numel() + first + e) * factor : A(0);
+      own[i][e] = there ? load(image + (c + i) * g.numel + first + e) * factor : A(0);
     }
 }
 
@@ -211,11 +222,11 @@ template <class Cut, class T, class A>
 __device__ __forceinline__ void load_column(const Geometry& g,
                                             const T* image,  // [C, *S]
                                             int64_t c, int64_t voxel, bool takes_part, A* lines) {
-  image += c * g.numel() + voxel;
+  image += c * g.numel + voxel;
 #pragma unroll
   for (int i = 0; i < Cut::C; i++) {
     lines[i * Cut::width] = takes_part && (Cut::whole || c + i < g.C) ? load(image) : A(0);
-    image += g.numel();
+    image += g.numel;
   }
 }
 

@@ -72,8 +72,7 @@ __device__ __forceinline__ void scores_to_ds(const A* lines,  // delta, g
 
 template <class T, int d, class Cut, Of of>
 __global__ void __launch_bounds__(kThreads, Cut::C == 8 && Cut::whole ? 3 : 2)
-    veu_bwd_kernel(const Geometry g, int64_t items,       // tiles of all groups
-                   Acc<T> scale,                          // times log2(e)
+    veu_bwd_kernel(const Geometry g, Acc<T> scale,        // times log2(e)
                    Acc<T> grad_scale,                     // scale / J
                    const T* __restrict__ own_features,    // [B, J*C, *S], q or k
                    const T* __restrict__ other_features,  // [B, J*C, *S], k or q
@@ -87,10 +86,10 @@ __global__ void __launch_bounds__(kThreads, Cut::C == 8 && Cut::whole ? 3 : 2)
   extern __shared__ float4 shared[];
   A* const slab = reinterpret_cast<A*>(shared);
   const A* const my_rows = slab + threadIdx.y * kRowStride + threadIdx.x * Cut::Q;
-  const int64_t numel = g.numel();
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t image = item / g.tiles, b = image / g.J;  // image: of a group
-    const Tile<Cut> tile(g, item % g.tiles);
+  const int64_t numel = g.numel;
+  const Tile<Cut> tile(g, blockIdx.x);
+  for (int64_t image = blockIdx.y; image < g.B * g.J; image += gridDim.y) {  // of a group
+    const int64_t b = image / g.J;
     const T* const mine = own_features + image * g.C * numel;
     const T* const others = other_features + image * g.C * numel;
     const bool* const image_mask = mask ? mask + b * numel : nullptr;
@@ -208,9 +207,8 @@ void launch(const Veu& a, const void* own, const void* other, void* grad) {
     const auto kernel = veu_bwd_kernel<T, decltype(d)::value, Cut, of>;
     const int bytes = Cut::slab_rows * Cut::row_stride(kExtra<of, decltype(d)::value>) * sizeof(A);
     allow_shared(kernel, bytes);
-    const int64_t items = g.B * g.J * g.tiles;
-    kernel<<<blocks_for(items, 1), dim3(kThreadsX, kThreadsY), bytes, current_stream()>>>(
-        g, items, static_cast<A>(a.scale * kLog2e), static_cast<A>(a.scale / a.J), static_cast<const T*>(own),
+    kernel<<<grid(g, g.B * g.J), dim3(kThreadsX, kThreadsY), bytes, current_stream()>>>(
+        g, static_cast<A>(a.scale * kLog2e), static_cast<A>(a.scale / a.J), static_cast<const T*>(own),
         static_cast<const T*>(other), a.mask, static_cast<const A*>(a.lse), static_cast<const A*>(a.workspace),
         static_cast<const A*>(a.grad_v), static_cast<T*>(grad));
     check_launch("veu");

@@ -51,8 +51,8 @@ template <class T, int d, class Cut>
 __global__ void __launch_bounds__(kThreads, std::is_same_v<T, double>   ? 2
                                             : Cut::C > 8 || !Cut::whole ? 3
                                                                         : 4)
-    veu_fwd_kernel(const Geometry g, int64_t items,    // tiles of all images
-                   Acc<T> scale,                       // times log2(e)
+    veu_fwd_kernel(const Geometry g, Acc<T> scale,     // times log2(e)
+                   Acc<T> share,                       // of a group: 1 / J
                    const T* __restrict__ q,            // [B, J*C, *S]
                    const T* __restrict__ k,            // [B, J*C, *S]
                    const bool* __restrict__ mask,      // [B, 1, *S] or null
@@ -64,15 +64,14 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, double>   ? 2
   constexpr int kRowStride = Cut::row_stride(1);  // the channels and the bias
   extern __shared__ float4 shared[];
   A* const slab = reinterpret_cast<A*>(shared);
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t b = item / g.tiles;
-    const Tile<Cut> tile(g, item % g.tiles);
+  const Tile<Cut> tile(g, blockIdx.x);
+  for (int64_t b = blockIdx.y; b < g.B; b += gridDim.y) {
     const A* const my_rows = slab + threadIdx.y * kRowStride + threadIdx.x * Cut::Q;
-    const bool* const image_mask = mask ? mask + b * g.numel() : nullptr;
+    const bool* const image_mask = mask ? mask + b * g.numel : nullptr;
     A mean[d][Cut::Q] = {};
     for (int j = 0; j < g.J; j++) {
-      const T* const queries = q + (b * g.J + j) * g.C * g.numel();
-      const T* const keys = k + (b * g.J + j) * g.C * g.numel();
+      const T* const queries = q + (b * g.J + j) * g.C * g.numel;
+      const T* const keys = k + (b * g.J + j) * g.C * g.numel;
       Softmax<A, d, Cut> softmax;
       A own[Cut::C][Cut::Q];
       load_own(g, tile, queries, 0, scale, own);
@@ -112,13 +111,13 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, double>   ? 2
         for (int axis = 0; axis < d; axis++) {
           const A mine = softmax.moment[axis][i] * weight;
           mean[axis][i] += mine;
-          if (delta && there) along_grad += mine * grad_v[(b * d + axis) * g.numel() + voxel];
+          if (delta && there) along_grad += mine * grad_v[(b * d + axis) * g.numel + voxel];
         }
         if (!there) continue;
         if (delta)
-          delta[(b * g.J + j) * g.numel() + voxel] = along_grad;
+          delta[(b * g.J + j) * g.numel + voxel] = along_grad;
         else
-          lse[(b * g.J + j) * g.numel() + voxel] =
+          lse[(b * g.J + j) * g.numel + voxel] =
               softmax.sum[i] == A(0) ? -kInfinity<A> : (softmax.top[i] + log2(softmax.sum[i])) * static_cast<A>(kLn2);
       }
     }
@@ -127,8 +126,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, double>   ? 2
     for (int i = 0; i < Cut::Q; i++)
 #pragma unroll
       for (int axis = 0; axis < d; axis++)
-        if (tile.has(g, i))
-          v[(b * d + axis) * g.numel() + tile.first_voxel(g) + i] = mean[axis][i] / static_cast<A>(g.J);
+        if (tile.has(g, i)) v[(b * d + axis) * g.numel + tile.first_voxel(g) + i] = mean[axis][i] * share;
   }
 }
 
@@ -141,10 +139,10 @@ void launch(const Veu& a, void* delta) {
     const auto kernel = veu_fwd_kernel<T, decltype(d)::value, Cut>;
     const int bytes = Cut::slab_rows * Cut::row_stride(1) * sizeof(A);
     allow_shared(kernel, bytes);
-    const int64_t items = g.B * g.tiles;
-    kernel<<<blocks_for(items, 1), dim3(kThreadsX, kThreadsY), bytes, current_stream()>>>(
-        g, items, static_cast<A>(a.scale * kLog2e), static_cast<const T*>(a.q), static_cast<const T*>(a.k), a.mask,
-        static_cast<A*>(a.v), static_cast<A*>(a.lse), static_cast<const A*>(a.grad_v), static_cast<A*>(delta));
+    kernel<<<grid(g, g.B), dim3(kThreadsX, kThreadsY), bytes, current_stream()>>>(
+        g, static_cast<A>(a.scale * kLog2e), static_cast<A>(1.0 / a.J), static_cast<const T*>(a.q),
+        static_cast<const T*>(a.k), a.mask, static_cast<A*>(a.v), static_cast<A*>(a.lse),
+        static_cast<const A*>(a.grad_v), static_cast<A*>(delta));
     check_launch("veu");
   });
 }
