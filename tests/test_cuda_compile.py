@@ -21,8 +21,6 @@ KERNELS = ("veu_fwd", "veu_bwd grad_q", "veu_bwd grad_k")
 # float32, C = 8: at most 20 issued instructions for a pair, the 8 multiply-adds included; a quarter of the threads
 BARS = ("veu_fwd f32 2D C=8 N=7 sm_90", "veu_fwd f32 3D C=8 N=5 sm_90")
 SIZES = "X(8,5) X(8,7)"
-# one register too many: 4 bytes written and read again, outside the loop over the window's rows
-SPILLS = ("veu_fwd f32 3D C=16 N=5 sm_80", "veu_fwd bf16 3D C=16 N=5 sm_80")
 
 needs_nvcc = pytest.mark.skipif(not budget.find("nvcc"), reason="nvcc is not installed")
 needs_nvdisasm = pytest.mark.skipif(not budget.find("nvdisasm"), reason="nvdisasm is not installed")
@@ -37,7 +35,7 @@ def test_budget_covers_every_shipped_kernel_and_keeps_the_bars():
     kernels = RECORDED["kernels"]
     for kernel, dtype, d, C, N, arch in product(KERNELS, ("f32", "bf16"), (2, 3), (8, 16, 32), (3, 5, 7), (80, 90)):
         name = f"{kernel} {dtype} {d}D C={C} N={N} sm_{arch}"
-        assert kernels[name]["spilled_bytes"] <= (8 if name in SPILLS else 0), name
+        assert kernels[name]["spilled_bytes"] == 0, name
     assert_within_bars(kernels)
 
 
