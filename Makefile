@@ -14,7 +14,7 @@ GPU_BIN := $(abspath $(GPU_VENV))/bin
 
 # The compiled wheel, built without isolation against the torch of the environment, is what demo, tests and
 # benchmarks run. They start in other folders, since Python would import the tree from this one.
-$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard cover_kernels/*.py cover_kernels/*/*.py cover/*.py cover/*/*.py)
+$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*) $(wildcard cover_kernels/*.py cover_kernels/*/*.py cover/*.py cover/*/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel ninja numpy
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(VENV)/wheel .
