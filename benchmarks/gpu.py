@@ -127,7 +127,7 @@ def peers(problem: Problem, device: str) -> dict:
         "eager": eager(problem),
         "torch.compile": torch.compile(eager(problem))
         if on_gpu
-        else "slower than eager on CPUs (measured: 1.2 to 7 times)",
+        else "left out on CPUs, where compiling takes longer than all else here",
         # the CPU's compiled one would take longer to compile than to time
         "FlexAttention" if on_gpu else "Flex, uncompiled": flex_attention(problem, device)
         if problem.dtype == torch.float32

@@ -42,7 +42,7 @@ struct Composer {
 
   template <class T>
   void forward(const T* flow) const {
-    parallel_segments<d>(a.B, 1, 1, fine, make_state, [&](int64_t b, int64_t, const Segment& s, State& state) {
+    parallel_segments<d>(a.B, fine, make_state, [&](int64_t b, const Segment& s, State& state) {
       find_cells(b, s, state);
       state.cells.gather(flow + coarse_at(b, 0), d, coarse.numel(), s.n, [&](int64_t i, int64_t x, A up) {
         state.value[i][x] = state.residual[i][x] + static_cast<A>(stride(i)) * up;
@@ -53,7 +53,7 @@ struct Composer {
 
   template <class T>
   void grad_residual(const T* flow) const {
-    parallel_segments<d>(a.B, 1, 1, fine, make_state, [&](int64_t b, int64_t, const Segment& s, State& state) {
+    parallel_segments<d>(a.B, fine, make_state, [&](int64_t b, const Segment& s, State& state) {
       find_cells(b, s, state);
       for (int i = 0; i < d; i++) load_row(a.dtype, a.grad_y, fine_at(b, i, s), s.n, A(1), state.value[i]);
       // the displacements were multiplied by the stride of their axis

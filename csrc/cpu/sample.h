@@ -244,17 +244,14 @@ inline void for_segments(const Grid& g, int64_t first, int64_t last, const F& f)
       for (int64_t x = 0; x < g.S[2]; x += kSegment) f(Segment{z, y, x, min(kSegment, g.S[2] - x)});
 }
 
-// All segments of a batch of B grids, on all threads: f(b, first channel, segment, thread's state), once for each
-// block of `block` among C channels, `make()` making the state. A thread stays within a block from line to line, so
-// that what it reads is still in the cache.
+// All segments of a batch of B grids, on all threads: f(b, segment, thread's state), `make()` making the state.
 template <int d, class Make, class F>
-inline void parallel_segments(int64_t B, int64_t C, int64_t block, const Grid& g, const Make& make, const F& f) {
-  const int64_t outer = g.S[3 - d], blocks = (C + block - 1) / block;
-  parallel_for(B * blocks * outer, [&](int64_t begin, int64_t end) {
+inline void parallel_segments(int64_t B, const Grid& g, const Make& make, const F& f) {
+  const int64_t outer = g.S[3 - d];
+  parallel_for(B * outer, [&](int64_t begin, int64_t end) {
     auto state = make();
     for (int64_t i = begin; i < end; i++)
-      for_segments<d>(g, i % outer, i % outer + 1,
-                      [&](const Segment& s) { f(i / outer / blocks, i / outer % blocks * block, s, *state); });
+      for_segments<d>(g, i % outer, i % outer + 1, [&](const Segment& s) { f(i / outer, s, *state); });
   });
 }
 

@@ -6,7 +6,7 @@
 namespace cover {
 namespace COVER_ISA {
 
-constexpr int64_t kChannelBlock = 8;  // channels that share one computation of the coordinates
+constexpr int64_t kChannelBlock = 8;  // channels whose outputs wait for one another, to be written in rows
 
 // One call: x in T, flow in F, accumulation in A, indices in I.
 template <class T, class F, class I, int d>
@@ -81,7 +81,7 @@ struct Warper {
     state.cells.find(fine, a.border, state.position, s.n);
   }
 
-  // Samples channels [c0, C) of the segment from the image itself.
+  // Samples all channels of a segment from the image itself: for a flow so rough that a box of it would be too large.
   void sample_direct(int64_t b, const Segment& s, State& state) const {
     find_cells(b, s, state);
     const int64_t numel = fine.numel();
