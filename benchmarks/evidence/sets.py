@@ -40,7 +40,7 @@ class DataSet:
 
 DATA_SETS = {
     "hippocampus": DataSet("hippocampus_msd", "small-3d", {"steps": 1000}),
-    "cxr": DataSet("cxr_pneumonia_224", "small-2d", {"steps": 1500}, also=("chest_xray_1024",)),
+    "cxr": DataSet("cxr_pneumonia_224", "small-2d", {"steps": 2500}, also=("chest_xray_1024",)),
     # GroupNorm sees all of its input: at 5 mm a head fits into one crop, so that training and use agree
     "ixi": DataSet("ixi_t1_2mm", "small-3d", {"spacing": (5.0, 5.0, 5.0), "crop": (40, 48, 48), "steps": 500}),
 }
