@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -16,10 +17,16 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_image(op: str, name: str, x: Tensor, channels: str = "C") -> int:
-    """Check that `x` is a floating-point [B, channels, H, W] or [B, channels, D, H, W]; returns d (2 or 3)."""
+def _check_tensor(op: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: `{name}` must be a tensor, got {type(x).__name__}")
+    if forward_ad.unpack_dual(x).tangent is not None:  # torch.library would drop the tangent without a word
+        raise RuntimeError(f"{op}: `{name}` carries a tangent, but {op} has no forward-mode derivative (jvp)")
+
+
+def check_image(op: str, name: str, x: Tensor, channels: str = "C") -> int:
+    """Check that `x` is a floating-point [B, channels, H, W] or [B, channels, D, H, W]; returns d (2 or 3)."""
+    _check_tensor(op, name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{op}: `{name}` must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() not in (4, 5):
@@ -33,8 +40,7 @@ def check_image(op: str, name: str, x: Tensor, channels: str = "C") -> int:
 
 def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shape, dtypes=None) -> None:
     """Check that `x` has the given shape, the device of `like` and one of `dtypes` (default: that of `like`)."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: `{name}` must be a tensor, got {type(x).__name__}")
+    _check_tensor(op, name, x)
     if x.device != like.device:
         raise ValueError(f"{op}: `{name}` must be on the device of `{like_name}`, {like.device}, got {x.device}")
     dtypes = dtypes or (like.dtype,)

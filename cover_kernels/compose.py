@@ -23,7 +23,8 @@ def compose(flow: Tensor, residual: Tensor, stride: int | tuple[int, ...] = 1) -
         y, shape and dtype of `residual`, in voxels.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it. RuntimeError: second derivatives.
+        TypeError, ValueError: an argument does not fit; the message names it. RuntimeError: second derivatives,
+            forward-mode derivatives.
     """
     d = check_image("compose", "residual", residual, "d")
     if residual.shape[1] != d:

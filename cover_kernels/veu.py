@@ -38,7 +38,8 @@ def veu(
         half precision would round a displacement of 60 voxels to a quarter of a voxel.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it. RuntimeError: second derivatives.
+        TypeError, ValueError: an argument does not fit; the message names it. RuntimeError: second derivatives,
+            forward-mode derivatives.
     """
     d = check_image("veu", "q", q, "J*C")
     if isinstance(k, Tensor) and q.dtype != k.dtype and torch.is_autocast_enabled(q.device.type):

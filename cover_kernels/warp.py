@@ -25,7 +25,8 @@ def warp(x: Tensor, flow: Tensor, stride: int | tuple[int, ...] = 1, padding: st
         y, shape and dtype of `x`.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it. RuntimeError: second derivatives.
+        TypeError, ValueError: an argument does not fit; the message names it. RuntimeError: second derivatives,
+            forward-mode derivatives.
     """
     d = check_image("warp", "x", x)
     stride = per_axis("warp", "stride", stride, d)

@@ -8,6 +8,7 @@ import operators
 import pytest
 import torch
 from operators import CASES, DTYPES, OPERATORS, PARAMETERS, assert_close, grad_like, run, sample_inputs
+from torch.autograd import forward_ad
 
 import cover_kernels
 
@@ -77,6 +78,16 @@ def test_second_derivative_is_a_clear_error(operator):
     first = torch.autograd.grad(function(*tensors).square().sum(), tensors, create_graph=True)
     with pytest.raises(RuntimeError, match=f"{operator} can be differentiated once"):
         torch.autograd.grad(first[0].square().sum(), tensors)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_forward_mode_derivative_is_a_clear_error(operator):
+    function, tensors = sample_inputs(operator, CASES[operator][2], torch.float64)
+    for i, tensor in enumerate(tensors):
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"^{operator}: .* carries a tangent"):
+            function(*tensors[:i], forward_ad.make_dual(tensor, torch.ones_like(tensor)), *tensors[i + 1 :])
+    with pytest.raises(RuntimeError, match=f"^{operator}: .* carries a tangent"):
+        torch.func.jvp(function, tuple(tensors), tuple(map(torch.ones_like, tensors)))
 
 
 def raw_arguments(operator, case, dtype=torch.float32):
