@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | gpu-build: each sets up its own virtual environment and asks nothing.
+# make demo | test | lint | bench | bench-full | gpu-build: each sets up its own virtual environment and asks nothing.
 # TORCH chooses the torch to install; the default is the release whose CPU build CI has at hand. Users of the library
 # choose their own: pyproject.toml only bounds it from below.
 
@@ -10,7 +10,7 @@ GPU_TORCH ?= torch==2.14.1
 GPU_VENV ?= .venv-gpu
 GPU_BIN := $(abspath $(GPU_VENV))/bin
 
-.PHONY: demo test lint format bench gpu-build clean
+.PHONY: demo test lint format bench bench-full gpu-build clean
 
 # The compiled wheel, built without isolation against the torch of the environment, is what demo, tests and
 # benchmarks run. They start in other folders, since Python would import the tree from this one.
@@ -29,7 +29,14 @@ test: $(VENV)/installed
 	cd tests && $(BIN)/pytest
 
 bench: $(VENV)/installed
-	cd benchmarks && $(BIN)/pytest bench_operators.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	cd benchmarks && $(BIN)/pytest -q --benchmark-quiet bench_operators.py bench_model.py bench_data.py
+
+# Every size, peer and axis, for an hour or more: OUT/results.json, OUT/report.md and its plots. compare.py shows two.
+bench-full: $(VENV)/installed
+	test -n "$(OUT)" || { echo "make bench-full OUT=folder"; exit 1; }
+	mkdir -p "$(OUT)"
+	cd benchmarks && $(BIN)/pytest -q --benchmark-quiet --form full --benchmark-json="$(abspath $(OUT))/results.json" .
+	cd benchmarks && $(BIN)/python results.py "$(abspath $(OUT))/results.json"
 
 # The whole extension against a CUDA build of torch (2.14.1 brings CUDA 13.0), in an environment of its own: compiled,
 # loaded and asked what it was compiled for. Needs nvcc, but no GPU.

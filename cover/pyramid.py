@@ -2,6 +2,8 @@
 
 import itertools
 from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from cover.unet import CONV
 from cover_kernels import compose, veu, warp
 from cover_kernels.checks import per_axis
+from cover_kernels.problems import window_pairs
 
 # VEU's score for two equal groups at the start. A softmax that starts near uniform gives the mean of its window, not
 # the match: of 3, 11, 25 and 45 the upper two learned fastest, with a third less error than GroupNorm(1): docs/model.md
@@ -98,6 +101,25 @@ def real_size(size: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
     return tuple(-(-n // s) for n, s in zip(size, stride, strict=True))
 
 
+class Cost(NamedTuple):
+    """What one level of a pyramid computes to compare one pair of views: pairs, and multiply-adds by what they are for.
+
+    size: of the level, in voxels. pairs: of a query and a key inside its window and the image, over all groups.
+    projection: 1x1 convolutions of both views. veu: scores. warp, compose: interpolation.
+    """
+
+    size: tuple[int, ...]
+    pairs: int
+    projection: int
+    veu: int
+    warp: int
+    compose: int
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.projection + self.veu + self.warp + self.compose
+
+
 class VectorPyramid(nn.Module):
     """Vector Pyramid Aggregation: a MoV per level, each starting from what the coarser levels know.
 
@@ -114,6 +136,8 @@ class VectorPyramid(nn.Module):
     Attributes:
         reach: the largest displacement that can be expressed, in voxels of the input, one per axis:
             (N - 1) / 2 times the sum of the strides.
+        receptive_field: the effective one, in voxels of the input, one per axis: how many voxels of view a the
+            displacement at a voxel can depend on, 2 reach + 1. (COVER, "Vector Pyramid Aggregation".)
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -148,6 +172,27 @@ class VectorPyramid(nn.Module):
         )
         total = [sum(axis) for axis in zip(*self.strides, strict=True)]
         self.reach = tuple(float(n // 2 * s) for n, s in zip(self.levels[0].window, total, strict=True))
+        self.receptive_field = tuple(2 * int(r) + 1 for r in self.reach)
+
+    def cost(self, size: Sequence[int]) -> list[Cost]:
+        """What each level computes, coarse to fine, to compare one pair of views of `size` voxels, per axis."""
+        costs = []
+        for mov, stride in zip(self.levels, self.strides, strict=True):
+            S = real_size(size, stride)
+            voxels, corners, d = prod(S), 2 ** len(S), len(S)
+            features, channels = mov.project.in_channels, mov.project.out_channels
+            pairs = mov.heads * window_pairs(S, mov.window)
+            costs.append(
+                Cost(
+                    size=S,
+                    pairs=pairs,
+                    projection=2 * voxels * features * channels,
+                    veu=pairs * channels // mov.heads,
+                    warp=voxels * corners * channels if costs else 0,  # the coarsest level starts from nothing
+                    compose=voxels * corners * d if costs else 0,
+                )
+            )
+        return costs
 
     def forward(
         self, features_b: Sequence[Tensor], features_a: Sequence[Tensor], size: Sequence[int] | None = None

@@ -190,7 +190,8 @@ def test_replicate_is_edge_padding(shape, more, seed):
 
 def test_unit_norm_gives_every_group_the_same_length():
     norm = MoV(3, 4, 3, heads=2, group_channels=8).norm
-    x = torch.randn(1, 16, 2, 3, 4) * torch.tensor([0.1, 100.0]).repeat_interleave(8).view(1, 16, 1, 1, 1)
+    x = torch.randn(1, 16, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    x = x * torch.tensor([0.1, 100.0]).repeat_interleave(8).view(1, 16, 1, 1, 1)
     length = norm(x).unflatten(1, (2, 8)).norm(dim=2)
     torch.testing.assert_close(length, torch.full_like(length, norm.length[0].item()), rtol=0.05, atol=0)
     # 25: the score of two equal groups, by which the softmax starts sharp
@@ -210,3 +211,49 @@ def test_errors_name_the_argument():
         VectorPyramid((4, 4), ((3, 3), (2, 2)), 3, (1, 1))
     with pytest.raises(ValueError, match=r'`norm` must be "unit" or "group", got \'batch\''):
         VectorPyramid((4,), ((1, 1),), 3, (1,), norm="batch")
+
+
+@pytest.mark.parametrize(
+    ("strides", "window"), [(((4, 4), (2, 2), (1, 1)), 3), (((4, 2), (2, 1)), (3, 5)), (((2, 3, 1), (1, 1, 1)), 3)]
+)
+def test_receptive_field_is_what_the_flow_depends_on(strides, window):
+    """Whatever the coarse levels say, the voxels of view a's finest features that the flow at a voxel depends on."""
+    d, finest = len(strides[0]), strides[-1]
+    pyramid = VectorPyramid((4,) * len(strides), strides, window, (1,) * len(strides), 4).double()
+    size = [3 * r // c * c for r, c in zip(pyramid.receptive_field, strides[0], strict=True)]
+    b, a = features((4,) * len(strides), strides, size, 1, batch=1), features((4,) * len(strides), strides, size, 2, 1)
+    a[-1].requires_grad_()
+    at = tuple(n // 2 for n in b[-1].shape[2:])
+    touched = torch.zeros(b[-1].shape[2:], dtype=torch.bool)
+    for sign in (-1.0, 0.0, 1.0):
+        for mov in pyramid.levels[:-1]:  # each says one edge of its window, or nothing
+            flow = sign * torch.tensor([n // 2 for n in mov.window]).double().view(1, -1, *[1] * d)
+            mov.forward = lambda b, a, mask=None, flow=flow: flow.expand(1, -1, *b.shape[2:]).contiguous()
+        flow = pyramid(b, a)[-1]
+        (grad,) = torch.autograd.grad(flow[(0, slice(None), *at)].sum(), a[-1])
+        touched |= (grad[0] != 0).any(0)
+    seen = touched.nonzero()
+    for axis, field in enumerate(pyramid.receptive_field):
+        low, high = seen[:, axis].min().item(), seen[:, axis].max().item()
+        assert at[axis] - low == high - at[axis]
+        # in voxels of the input; of a finest level that is coarser, from one voxel's centre to the other's
+        assert (high - low) * finest[axis] + 1 == field
+
+
+def test_cost_counts_what_the_levels_do():
+    pyramid = VectorPyramid((6, 5), ((2, 4), (1, 2)), (3, 5), (2, 1), 3)
+    coarse, fine = pyramid.cost((6, 8))
+    # 3 rows and 2 columns; 7 pairs of rows at most one apart, 4 of columns at most two apart, 2 groups of 3 channels
+    assert coarse == ((3, 2), 2 * 7 * 4, 2 * 6 * 6 * 6, 2 * 7 * 4 * 3, 0, 0)
+    # 6 rows and 4 columns; 16 and 14 pairs, 1 group
+    assert fine == ((6, 4), 16 * 14, 2 * 24 * 5 * 3, 16 * 14 * 3, 24 * 4 * 3, 24 * 4 * 2)
+    assert fine.multiply_adds == sum(fine[2:])
+
+
+def test_the_papers_pyramid_costs_a_fiftieth_of_a_direct_window():
+    strides = tuple((2**level,) * 2 for level in reversed(range(5)))
+    pyramid = VectorPyramid((512, 256, 128, 64, 32), strides, 5)
+    direct = VectorPyramid((32,), ((1, 1),), 121, (1,))
+    assert min(pyramid.receptive_field) >= 121 == direct.receptive_field[0]
+    most, least = (sum(cost.multiply_adds for cost in p.cost((384, 384))) for p in (direct, pyramid))
+    assert most / least == pytest.approx(52, rel=0.1)  # the paper's figure, whose image size is not known

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import peak_above
 from operators import DEVICE, compiled_backends
 
 import cover_kernels
 from cover_kernels import veu
+from cover_kernels.measure import peak_above
 
 BACKENDS = [*compiled_backends(), "reference"]
 

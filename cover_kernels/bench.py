@@ -1,0 +1,105 @@
+"""python -m cover_kernels.bench: what an operator reaches here at sizes of your own, and what bounds it.
+
+    python -m cover_kernels.bench --shape 1x8x384x384 --window 7
+    python -m cover_kernels.bench --shape 1x32x48x48x48 --window 5 --heads 4 --dtype bfloat16
+    python -m cover_kernels.bench warp --shape 1x32x64x64x64 --stride 2 --device cuda
+
+The floor of a pass is the larger of two times: of its arithmetic at the measured rate of multiply-adds (for veu with 12
+vector instructions for each exponential of its softmax), and of reading and writing every tensor once at the measured
+rate of a copy. Each takes seconds; whether results are right is what `python -m cover_kernels` tests.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from cover_kernels.checks import DTYPES
+from cover_kernels.measure import Peaks, machine, measure_peaks, one_pass, peak_above, synchronised, times
+from cover_kernels.problems import BOTH, FORWARD, PASSES, SOFTMAX, Compose, Problem, Veu, Warp, Work
+
+
+def floors(work: Work, peaks: Peaks) -> dict[str, float]:
+    """What a call has to do -> seconds that it takes at least on a machine of these peaks."""
+    return {
+        "multiply-adds": work.flops / peaks.flops,
+        "softmax": 2 * SOFTMAX * work.exponentials / peaks.flops,
+        "memory": work.bytes / peaks.copy,
+    }
+
+
+def verdict(work: Work, peaks: Peaks, seconds: float) -> str:
+    """What bounds a call that took so many seconds, and how near it is to that bound."""
+    least = floors(work, peaks)
+    arithmetic = least["multiply-adds"] + least["softmax"]
+    bound = max(arithmetic, least["memory"])
+    parts = ", ".join(f"{name} {1e3 * floor:.3f} ms" for name, floor in least.items() if floor)
+    text = f"at least {parts}: {'arithmetic' if arithmetic > least['memory'] else 'memory'} bounds it, "
+    text += f"{bound / seconds:.0%} of that bound reached"
+    if not work.pairs and bound < 0.5 * seconds:
+        text += "; the rest is loads: every output reads all corners of a cell"
+    return text
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[Problem, str]:
+    """The problem and the device that a command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m cover_kernels.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("operator", nargs="?", choices=("veu", "warp", "compose"), default="veu")
+    parser.add_argument("--shape", required=True, help="of q, of the image or of the residual, such as 1x8x384x384")
+    parser.add_argument("--window", type=int, default=7, help="N (veu)")
+    parser.add_argument("--heads", type=int, default=1, help="J (veu)")
+    parser.add_argument("--stride", type=int, default=1, help="how many times coarser the flow is (warp, compose)")
+    parser.add_argument("--dtype", choices=[str(dtype).removeprefix("torch.") for dtype in DTYPES], default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    options = parser.parse_args(arguments)
+    try:
+        B, channels, *S = map(int, options.shape.replace(",", "x").split("x"))
+    except ValueError:
+        parser.error(f"--shape must be sizes such as 1x8x384x384, got {options.shape!r}")
+    S, dtype = tuple(S), getattr(torch, options.dtype)
+    if len(S) not in (2, 3) or min(B, channels, *S) < 1:
+        parser.error(f"--shape must be BxCxHxW or BxCxDxHxW, all above 0, got {options.shape!r}")
+    if options.operator == "veu":
+        if options.heads < 1 or channels % options.heads or options.window < 1 or options.window % 2 == 0:
+            parser.error("--window must be odd, and --heads must divide the channels")
+        return Veu(S, options.window, channels // options.heads, options.heads, B, dtype), options.device
+    if options.stride < 1 or any(n % options.stride for n in S):
+        parser.error(f"--stride must divide {S}, got {options.stride}")
+    if options.operator == "warp":
+        return Warp(S, channels, options.stride, B, dtype), options.device
+    if channels != len(S):
+        parser.error(f"--shape of compose must have {len(S)} channels, one per axis, got {channels}")
+    return Compose(S, options.stride, B, dtype), options.device
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    problem, device = parse(arguments)
+    try:
+        tensors = problem.tensors(device)
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say that a device is not there
+        print(f"{device}: {error}", file=sys.stderr)
+        return 2
+    here, peaks = machine(device), measure_peaks(device, problem.dtype)
+    print(f"{problem}" + (f", {problem.work(FORWARD).pairs / 1e6:.2f} M pairs" if isinstance(problem, Veu) else ""))
+    print(f"{here['device']}, {here['threads']} threads, torch {here['torch']}, {here['backend']}")
+    print(f"measured now: {peaks.flops / 1e9:.0f} GFLOP/s ({peaks.source}), {peaks.copy / 1e9:.1f} GB/s (copy)\n")
+    for which in PASSES:
+        call = synchronised(one_pass(problem, tensors, which), device)
+        taken = times(call)
+        low, median, high = statistics.quantiles(taken, n=4)
+        work, memory = problem.work(which), peak_above(call, device)[0]
+        pairs = f", {work.pairs / median / 1e9:.3g} G pairs/s" if work.pairs else ""
+        flops, rate = work.flops / median, work.bytes / median
+        print(
+            f"{which:{len(BOTH)}} {1e3 * median:9.3f} ms (quartiles {1e3 * low:.3f} to {1e3 * high:.3f}, "
+            f"{len(taken)} calls){pairs}, {flops / 1e9:.1f} GFLOP/s ({flops / peaks.flops:.0%} of peak), "
+            f"{rate / 1e9:.1f} GB/s ({rate / peaks.copy:.0%} of a copy), peak {memory / 2**20:.1f} MiB\n"
+            f"{'':{len(BOTH)}} {verdict(work, peaks, median)}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
