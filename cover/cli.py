@@ -9,6 +9,7 @@ from pathlib import Path
 from cover import config
 from cover.data import DataError, check
 from cover.evaluate import evaluate
+from cover.figures import visualize
 from cover.log import RunInUse
 from cover.presets import PRESETS, preset_config
 from cover.process import Interrupted
@@ -131,8 +132,6 @@ def evaluate_command(options: argparse.Namespace) -> int:
 
 def visualize_command(options: argparse.Namespace) -> int:
     with user_errors():
-        from cover.visualize import visualize
-
         path = visualize(options.run, options.image, options.out, **options.settings)
     print(path)
     return 0

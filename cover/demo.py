@@ -7,8 +7,7 @@ from pathlib import Path
 
 import nibabel
 
-from cover import evaluate, log, pretrain
-from cover.visualize import visualize
+from cover import evaluate, log, pretrain, visualize
 
 TRAIN, HELD_OUT = 0, 1  # volumes of the 4D image
 

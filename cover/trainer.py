@@ -60,7 +60,7 @@ def pretrain(
         resume: continue the run in `out` from its last checkpoint; start it where there is none.
         val: held-out images; None: the "val" rows of a manifest, else a share `val_fraction` of the images.
         build: makes the model from the settings, where its backbone is not to be the U-Net; `cover.load_model`,
-            `cover.load_backbone`, `cover.evaluate` and `cover.visualize.visualize` then want the same function.
+            `cover.load_backbone`, `cover.evaluate` and `cover.visualize` then want the same function.
         **settings: single settings by name, over those of the preset; see `cover.config`.
 
     Returns:

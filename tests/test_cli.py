@@ -1,5 +1,6 @@
 """The command line: the same names as the functions, one line for the user's mistakes, codes for scripts."""
 
+import inspect
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 import pytest
 from tiny import SETTINGS, as_words, volumes
 
+import cover
 from cover import checkpoint, evaluate
 from cover.cli import main
 from cover.config import Config, flatten, from_dict, replace
@@ -25,6 +27,11 @@ def run(data):
     out = data.parent / "run"
     assert main(["pretrain", str(data), "--out", str(out), "--preset", "small-3d", *as_words(SETTINGS)]) == 0
     return out
+
+
+@pytest.mark.parametrize("command", ["pretrain", "evaluate", "visualize", "check"])
+def test_every_command_is_a_function_of_the_package(command):
+    assert inspect.isfunction(getattr(cover, command))
 
 
 def test_pretrain_applies_preset_and_settings(run):

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import SETTINGS, volumes
 
-from cover import pretrain
+from cover import pretrain, visualize
 from cover.config import Config, replace
+from cover.figures import figure, pca_rgb
 from cover.model import build_model
 from cover.views import Views
-from cover.visualize import figure, pca_rgb, visualize
 
 pytest.importorskip("matplotlib")
 
