@@ -1,38 +1,49 @@
-# make demo | test | lint | bench | bench-full | gpu-build: each sets up its own virtual environment and asks nothing.
-# TORCH chooses the torch to install; the default is the release whose CPU build CI has at hand. Users of the library
-# choose their own: pyproject.toml only bounds it from below.
+# make demo | test | lint | bench | bench-full | gpu-build | one-wheel: each sets up its own virtual environment and asks
+# nothing. TORCH chooses the torch to install; the default is the release whose CPU build CI has at hand. Users of the
+# library choose their own: pyproject.toml only bounds it from below.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
+WHEEL = $$(ls -t $(VENV)/wheel/cover_vcl-*.whl | head -n 1)
 GPU_TORCH ?= torch==2.14.1
 GPU_VENV ?= .venv-gpu
 GPU_BIN := $(abspath $(GPU_VENV))/bin
+OTHER_TORCH ?= torch==2.14.1
+OTHER_VENV ?= .venv-other
+OTHER_BIN := $(abspath $(OTHER_VENV))/bin
 
-.PHONY: demo test lint format bench bench-full gpu-build clean
+.PHONY: demo test lint format bench bench-full gpu-build one-wheel clean
 
 # The compiled wheel, built without isolation against the torch of the environment, is what demo, tests and
 # benchmarks run. They start in other folders, since Python would import the tree from this one.
-$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*) $(wildcard cover_kernels/*.py cover_kernels/*/*.py cover/*.py cover/*/*.py)
+$(VENV)/built: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*) $(wildcard cover_kernels/*.py cover_kernels/*/*.py cover/*.py cover/*/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing $(TORCH) and what builds the kernels into $(VENV)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel ninja numpy
+	@echo "compiling the kernels: a few minutes"
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(VENV)/wheel .
-	$(BIN)/python -m pip install --quiet "$$(ls -t $(VENV)/wheel/cover_vcl-*.whl | head -n 1)[test]"
-	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall "$$(ls -t $(VENV)/wheel/cover_vcl-*.whl | head -n 1)"
+	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall "$(WHEEL)"
 	touch $@
 
-demo: $(VENV)/installed
+# with an extra of pyproject.toml
+$(VENV)/with-%: $(VENV)/built
+	@echo "installing what cover-vcl[$*] needs"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(WHEEL)[$*]"
+	touch $@
+
+demo: $(VENV)/with-plot
 	cd $(VENV) && $(BIN)/python -m cover.demo --out $(CURDIR)/runs/demo
 
-test: $(VENV)/installed
+test: $(VENV)/with-test
 	cd tests && $(BIN)/pytest
 
-bench: $(VENV)/installed
+bench: $(VENV)/with-test
 	cd benchmarks && $(BIN)/pytest -q --benchmark-quiet bench_operators.py bench_model.py bench_data.py
 
 # Every size, peer and axis, for an hour or more: OUT/results.json, OUT/report.md and its plots. compare.py shows two.
-bench-full: $(VENV)/installed
+bench-full: $(VENV)/with-test
 	test -n "$(OUT)" || { echo "make bench-full OUT=folder"; exit 1; }
 	mkdir -p "$(OUT)"
 	cd benchmarks && $(BIN)/pytest -q --benchmark-quiet --form full --benchmark-json="$(abspath $(OUT))/results.json" .
@@ -47,6 +58,16 @@ gpu-build:
 	$(GPU_BIN)/python -m pip install --quiet --no-deps --force-reinstall "$$(ls -t $(GPU_VENV)/wheel/cover_vcl-*.whl | head -n 1)"
 	cd $(GPU_VENV) && $(GPU_BIN)/python -m cover_kernels
 	cd tests && $(GPU_BIN)/pytest test_backends.py
+
+# The wheel that was built against TORCH, with another torch beside it in an environment of its own: the stable ABI's
+# promise, tested on the operators.
+one-wheel: $(VENV)/built
+	test -x $(OTHER_BIN)/python || $(PYTHON) -m venv $(OTHER_VENV)
+	@echo "installing $(OTHER_TORCH) into $(OTHER_VENV)"
+	$(OTHER_BIN)/python -m pip install --quiet --disable-pip-version-check "$(OTHER_TORCH)" "$(WHEEL)" pytest hypothesis
+	$(OTHER_BIN)/python -m pip install --quiet --no-deps --force-reinstall "$(WHEEL)"
+	cd $(OTHER_VENV) && $(OTHER_BIN)/python -m cover_kernels
+	cd tests && $(OTHER_BIN)/pytest test_operators.py test_veu.py test_warp.py test_compose.py
 
 $(VENV)/lint: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -64,4 +85,4 @@ format: $(VENV)/lint
 	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) $(OTHER_VENV) build dist *.egg-info
