@@ -1,9 +1,9 @@
 """Builds the kernels against LibTorch's stable ABI: one library per backend for every Python and torch >= 2.10.
 
-The CPU kernels are always built; the CUDA kernels where a toolkit (CUDA_HOME, or nvcc on the PATH) and a CUDA build of
-torch are there: no GPU is needed. Environment:
-  FORCE_CUDA=1            a missing toolkit or CUDA torch is an error; FORCE_CPU=1 leaves CUDA out.
-  TORCH_CUDA_ARCH_LIST    architectures, such as "8.0;9.0+PTX"; the default is every common one that nvcc knows.
+The CPU kernels are always built; the CUDA kernels where torch is a CUDA build and a toolkit of the same major version
+(CUDA_HOME, or nvcc on the PATH) is there: no GPU is needed. Environment:
+  FORCE_CUDA=1            what the CUDA kernels lack is an error; FORCE_CPU=1 leaves them out.
+  TORCH_CUDA_ARCH_LIST    architectures, such as "8.0;9.0+PTX"; the default is every common one from 8.0 on.
   COVER_DEBUG=1           no optimisation, debug information.
   COVER_SANITIZE=address  any list that the compiler's -fsanitize takes, for the CPU kernels.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from setuptools import setup
 
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 debug = os.environ.get("COVER_DEBUG", "0") == "1"
 sanitizers = os.environ.get("COVER_SANITIZE", "")
@@ -33,17 +33,23 @@ def find_toolkit() -> Path | None:
     return None
 
 
+def ask_nvcc(toolkit: Path, question: str, answer: str) -> list[str]:
+    """All that matches `answer` in what nvcc prints."""
+    return re.findall(answer, subprocess.check_output([toolkit / "bin" / "nvcc", question], text=True))
+
+
 def missing_for_cuda(toolkit: Path | None) -> list[str]:
     """What a build with CUDA lacks."""
-    return [
-        *([] if toolkit else ["a CUDA toolkit (set CUDA_HOME, or put nvcc on the PATH)"]),
-        *([] if torch.version.cuda else [f"a CUDA build of torch (this is {torch.__version__})"]),
-    ]
+    missing = [] if toolkit else ["a CUDA toolkit (set CUDA_HOME, or put nvcc on the PATH)"]
+    if not (wanted := torch.version.cuda):
+        missing.append(f"a CUDA build of torch (this is {torch.__version__})")
+    elif toolkit and wanted.split(".")[0] not in ask_nvcc(toolkit, "--version", r"release (\d+)"):
+        missing.append(f"a toolkit for torch's CUDA {wanted} ({toolkit} is of another major version)")
+    return missing
 
 
 def default_architectures(toolkit: Path) -> str:
-    nvcc = [str(toolkit / "bin" / "nvcc"), "--list-gpu-arch"]
-    known = re.findall(r"compute_(\d+)\b", subprocess.run(nvcc, capture_output=True, text=True, check=True).stdout)
+    known = ask_nvcc(toolkit, "--list-gpu-arch", r"compute_(\d+)\b")
     return ";".join(f"{a // 10}.{a % 10}" for a in ARCHITECTURES if str(a) in known) + "+PTX"
 
 
@@ -54,8 +60,7 @@ if os.environ.get("FORCE_CUDA") == "1" and missing:
 with_cuda = not missing and os.environ.get("FORCE_CPU") != "1"
 if with_cuda:
     os.environ["CUDA_HOME"] = str(toolkit)  # read when cpp_extension is imported
-    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(toolkit)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(toolkit)
 
 from torch.utils import cpp_extension  # noqa: E402
 

@@ -57,7 +57,7 @@ def _load_cuda() -> tuple[str, str | None]:
         "cuda",
         "cover_kernels_cuda_architectures",
         "the compiled library cover_kernels/_cuda*.so is missing: where this installation was built, there was no CUDA "
-        "toolkit or no CUDA build of torch",
+        "build of torch, or no toolkit for its CUDA",
     )
 
 
