@@ -64,13 +64,23 @@ class DataConfig:
                 "crop": (d in (2, 3) and min(self.crop) > 0, "2 or 3 voxel counts above 0"),
                 "in_channels": _at_least(1, self.in_channels),
                 "resize": (
-                    self.resize is None or (d == 2 and len(self.resize) == 2 and min(self.resize) > 0),
-                    "H,W above 0, beside a 2D `crop`",
+                    self.resize is None
+                    or (
+                        d == 2
+                        and len(self.resize) == 2
+                        and min(self.resize) > 0
+                        and math.prod(self.resize) <= self.max_voxels
+                    ),
+                    "H,W above 0, no more than `max_voxels` together, beside a 2D `crop`",
                 ),
                 "spacing": (
                     self.spacing is None
-                    or (len(self.spacing) == 3 and min(self.spacing) > 0 and (d == 3 or self.slice_axis is not None)),
-                    "three voxel sizes above 0, millimetres, beside a 3D `crop` or a `slice_axis`",
+                    or (
+                        len(self.spacing) == 3
+                        and _positive(*self.spacing)[0]
+                        and (d == 3 or self.slice_axis is not None)
+                    ),
+                    "three finite voxel sizes above 0, millimetres, beside a 3D `crop` or a `slice_axis`",
                 ),
                 "slice_axis": (
                     self.slice_axis is None or (d == 2 and self.slice_axis in (0, 1, 2)),
@@ -83,7 +93,7 @@ class DataConfig:
                 "max_voxels": _at_least(1, self.max_voxels),
                 "normalise": _one_of(self.normalise, "percentile", "zscore", "hounsfield"),
                 "percentiles": (0 <= self.percentiles[0] < self.percentiles[1] <= 100, "low,high within 0 to 100"),
-                "hounsfield": (self.hounsfield[0] < self.hounsfield[1], "low,high"),
+                "hounsfield": (0 < self.hounsfield[1] - self.hounsfield[0] < math.inf, "low,high, both finite"),
                 "foreground": _share(self.foreground),
                 "val_fraction": (0 <= self.val_fraction < 1, "at least 0 and below 1"),
                 "on_error": _one_of(self.on_error, "skip", "fail"),

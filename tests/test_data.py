@@ -1,6 +1,7 @@
 """Data sets: what belongs to them, crops with their margins, order, workers, and images that fail on the way."""
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import cover.data.cache
 from cover.config import DataConfig
-from cover.data import BatchSampler, DataError, PretrainDataset, open_images, splits
+from cover.data import BatchSampler, DataError, PretrainDataset, check, open_images, splits
 from cover.data.cache import Cache, Entry
 from cover.data.dataset import cut
 from cover.data.manifest import find
@@ -53,6 +54,64 @@ def test_folders_are_searched_and_hidden_files_left_out(folder):
         find(folder / "nothing")
 
 
+def test_links_are_followed_but_not_in_circles(folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    np.save(elsewhere / "e.npy", noise(9, 9, 9))
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "more/circle").symlink_to(folder)
+    (elsewhere / "again").symlink_to(folder / "more")
+    assert {source.name.split("/")[-1] for source in find(folder)} == {f"{name}.npy" for name in "abcde"}
+    assert len(find(folder)) == 5
+
+
+def test_a_folder_that_cannot_be_read_is_a_problem(folder, monkeypatch):
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    report = check(folder, VOLUME)
+    assert (report.files, report.images) == (3, 2)
+    assert report.problems[0].name == "more" and "PermissionError" in report.problems[0].what
+
+
+@pytest.mark.parametrize("sign", ["metrics.jsonl", "checkpoints/step_00000001.pt"])
+def test_the_folder_of_a_run_is_left_out(folder, sign):
+    run = folder / "run"
+    for name in ("config.json", "figures/x.png", sign):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+    assert len(find(folder)) == 4
+    assert [source.name for source in find(run / "figures")] == ["x.png"]
+    (run / "config.json").unlink()
+    assert len(find(folder)) == 5
+
+
+def test_a_file_counts_once(folder):
+    (folder / "more/link.npy").symlink_to(folder / "a.npy")
+    paths = [folder / "b.npy", folder / "a.npy", folder / "more/../b.npy", folder / "more/link.npy", folder / "b.npy"]
+    report = check(paths, VOLUME)
+    assert (report.files, report.images) == (2, 2)
+    assert report.notes == (
+        Finding(str(folder / "b.npy"), "is there 3 times: used once"),
+        Finding(str(folder / "a.npy"), "is there 2 times: used once"),
+    )
+    (folder / "x.csv").write_text("image,split\na.npy,train\nb.npy,val\nmore/../a.npy,val\n")
+    with pytest.raises(DataError, match=r"one file is in two splits: 'a.npy' \(train\) and 'more/../a.npy' \(val\)"):
+        open_images(folder / "x.csv", VOLUME, "train")
+
+
+def test_an_empty_path_is_not_this_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert len(find(".")) == 4
+    with pytest.raises(FileNotFoundError, match="there is no file or folder ''"):
+        find("")
+
+
 ROWS = [("a.npy", "train"), ("b.npy", "test"), ("more/c.npy", "train"), ("more/d.npy", "val")]
 
 
@@ -74,7 +133,7 @@ def test_manifests_choose_by_split(folder, tmp_path, kind):
 
 def test_a_manifest_without_splits(folder, tmp_path):
     (folder / "list.json").write_text('["a.npy", {"image": "b.npy"}]')
-    (folder / "list.txt").write_text("a.npy\nb.npy\n\n")
+    (folder / "list.txt").write_text("a.npy  \r\n   \nb.npy\t\n\n")
     for name in ("list.json", "list.txt"):
         assert len(open_images(folder / name, VOLUME, cache=tmp_path / "cache")) == 2
     with pytest.raises(DataError, match=r"no split 'train' in .*; it has no splits"):
@@ -84,11 +143,14 @@ def test_a_manifest_without_splits(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "what"),
     [
-        ("x.csv", "file,split\na.npy,train\n", "entry 1: expected a path as `image`, got None"),
+        ("x.csv", "file,split\na.npy,train\n", r"a column `image`, got the columns \['file', 'split'\]"),
+        ("x.csv", "image;split\na.npy;train\n", r"a column `image`, got the columns \['image;split'\]"),
+        ("x.csv", "", r"a column `image`, got the columns \[\]"),
         ("x.csv", "image,split\na.npy,trian\n", "entry 1: `split` must be one of .* got 'trian'"),
         ("x.csv", "image,split\na.npy,train\nb.npy\n", "entry 2: `split` must be one of .* got None"),
         ("x.json", '[{"image": "a.npy"', "cannot be read"),
         ("x.json", '{"image": "a.npy"}', "expected a JSON list, got dict"),
+        ("x.json", "[" * 200_000, r"manifest .*x\.json: cannot be read: .*recursion"),
         ("x.json", "[3]", "entry 1: expected a path as `image`"),
     ],
 )
@@ -122,6 +184,23 @@ def test_report():
     )
     one = Report(1, 1, spacings=((1.0, 2.0, 3.0),))
     assert str(one) == "1 files, 1 usable images, 0 problems\nvoxel size: 1 x 2 x 3 mm"
+
+
+def test_names_cannot_pretend_to_be_rows_of_a_report(tmp_path):
+    names = [b"z\n0 problems\nok.npy", b"\x1b[2J.npy", b"\xff.npy", "größe 2 目.npy".encode()]
+    for name in names:
+        (tmp_path / os.fsdecode(name)).touch()
+    report = check(tmp_path, VOLUME)
+    lines = str(report).encode().decode().splitlines()
+    assert len(lines) == 6 and lines[0].endswith("4 problems")
+    assert {line.removesuffix("  empty file").rstrip() for line in lines[2:]} == {
+        r"z\n0 problems\nok.npy",
+        r"\x1b[2J.npy",
+        r"\udcff.npy",
+        "größe 2 目.npy",
+    }
+    np.save(tmp_path / os.fsdecode(names[0]), noise(9, 9, 9))
+    assert open_images(tmp_path / os.fsdecode(names[0]), VOLUME).name(0) == r"z\n0 problems\nok.npy"
 
 
 def test_slices_that_are_constant_are_left_out(tmp_path):

@@ -102,6 +102,9 @@ def test_nifti_scaling_rgb_and_units(tmp_path):
     rgb = np.random.default_rng(0).integers(0, 255, (3, 4, 5, 3), dtype=np.uint8)
     save_nifti(tmp_path / "rgb.nii", rgb.view([("R", "u1"), ("G", "u1"), ("B", "u1")])[..., 0])
     np.testing.assert_array_equal(read(tmp_path / "rgb.nii", VOLUME).array[0], np.moveaxis(rgb, -1, 0))
+    rgba = np.concatenate([rgb, np.full((3, 4, 5, 1), 255, np.uint8)], axis=-1)  # transparency is dropped here too
+    save_nifti(tmp_path / "rgba.nii", rgba.view([(name, "u1") for name in "RGBA"])[..., 0])
+    np.testing.assert_array_equal(read(tmp_path / "rgba.nii", VOLUME).array[0], np.moveaxis(rgb, -1, 0))
 
 
 def test_radiograph_stored_as_nifti(tmp_path):
@@ -178,6 +181,10 @@ PROBLEMS = [
     ("row.npy", 2, lambda p: np.save(p, smooth(1, 9)), "at least 2 long"),
     ("pickle.npy", 2, lambda p: np.save(p, np.array([{}]), allow_pickle=True), "cannot be read"),
     ("complex.npy", 2, lambda p: np.save(p, np.eye(9) * 1j), "expected real numbers, got complex128"),
+    ("void.npy", 2, lambda p: np.save(p, np.zeros((9, 9), "V4")), "expected real numbers, got |V4"),
+    ("folder.png", 2, lambda p: p.mkdir(), "is a folder"),
+    ("nul\0.png", 2, lambda p: None, "embedded null byte"),
+    ("surrogate\ud800.png", 2, lambda p: None, "surrogates not allowed"),
     ("empty.npy", 2, lambda p: np.save(p, np.empty((0, 9))), "empty: its shape"),
     ("vast.npy", 2, lambda p: _npy_header(p, (10**9, 10**9)), "cannot be read"),
     ("picture.nii", 3, lambda p: save_nifti(p, smooth(9, 9, 1)), "expected a 3D image"),
@@ -213,6 +220,48 @@ def test_a_gzip_stream_that_ends_early(tmp_path):
     (tmp_path / "x.nii.gz").write_bytes(_cut(0.7)((tmp_path / "x.nii.gz").read_bytes()))
     with pytest.raises(ImageError, match="cannot be read: EOFError"):
         read(tmp_path / "x.nii.gz", VOLUME)
+
+
+@pytest.mark.parametrize("volumes", ["all", 0])
+def test_a_gzip_stream_with_a_flipped_bit(tmp_path, volumes):
+    path, settings = tmp_path / "x.nii.gz", DataConfig(crop=(8, 8, 8), volumes=volumes)
+    x = np.random.default_rng(0).integers(0, 9, (12, 12, 12, 2), dtype=np.int16)
+    good = save_nifti(path, x).read_bytes()
+    for bit in np.linspace(8 * 10, 8 * len(good) - 1, 40).astype(int):  # before: a time that nobody needs
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bad)
+        with pytest.raises(ImageError, match=r"cannot be read: |is cut off|claims|expected"):
+            read(path, settings)
+    path.write_bytes(good + b"garbage")
+    with pytest.raises(ImageError, match="cannot be read: BadGzipFile"):
+        read(path, settings)
+    plain = gzip.decompress(good)  # of two members, and filled up with zeros
+    path.write_bytes(gzip.compress(plain[:5000]) + gzip.compress(plain[5000:]) + bytes(512))
+    np.testing.assert_array_equal(read(path, settings).array[0, 0], x[..., 0])
+
+
+def test_a_file_that_cannot_be_prepared_is_a_problem_of_its_own(tmp_path):
+    save_nifti(tmp_path / "x.nii", smooth(5, 6, 7))
+    report = check(tmp_path, DataConfig(crop=(8, 8, 8), spacing=(1e-310, 1, 1)))
+    assert [finding.name for finding in report.problems] == ["x.nii"]
+    assert report.problems[0].what.startswith("cannot be prepared: OverflowError: ")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"resize": (10**6, 10**6)},
+        {"slice_axis": 0, "spacing": (1, 1, np.inf)},
+        {"slice_axis": 0, "spacing": (1, 1, np.nan)},
+        {"hounsfield": (-np.inf, 1)},
+        {"hounsfield": (0, np.inf)},
+    ],
+    ids=str,
+)
+def test_settings_that_no_image_can_meet_are_refused(bad):
+    with pytest.raises(ValueError, match=f"config: `{list(bad)[-1]}` must be"):
+        DataConfig(crop=(8, 8), **bad)
 
 
 def test_bad_volumes_of_a_good_file(tmp_path):

@@ -25,7 +25,7 @@ from cover.data.prepare import foreground_positions, prepare
 from cover.data.reading import from_volumes, read
 from cover.data.report import ImageError
 
-_FORMAT = 1  # to be raised when entries of earlier versions must not be read
+_FORMAT = 2  # to be raised when entries of earlier versions must not be read
 _SETTINGS = ("in_channels", "spacing", "slice_axis", "volumes", "max_voxels", "normalise", "percentiles")
 _ABANDONED = 3600.0  # seconds after which a temporary file has lost its writer
 
@@ -128,8 +128,10 @@ def examine(path: Path, config: DataConfig, cache: Cache | None = None) -> Entry
     """Read a file once and say what can be used of it; with a cache, volumes end up there. Never raises ImageError."""
     try:
         key = _key(path, config)
-    except OSError as error:
-        return Entry(key="", problems=[(0, "no such file" if isinstance(error, FileNotFoundError) else str(error))])
+    except FileNotFoundError:
+        return Entry(key="", problems=[(0, "no such file")])
+    except (OSError, ValueError) as error:  # ValueError: its path has a NUL, or what the system cannot encode
+        return Entry(key="", problems=[(0, f"cannot be looked at: {error}")])
     if cache is not None and (known := cache.get(key)):
         return known
     entry = Entry(key)
@@ -140,8 +142,13 @@ def examine(path: Path, config: DataConfig, cache: Cache | None = None) -> Entry
         return entry
     entry.count, entry.spacing = len(decoded.array), decoded.spacing
     for volume, array in enumerate(decoded.array):
+        content = {}
         try:
             image, note = prepare(array, decoded.spacing, config)
+            if cache is not None and from_volumes(config):
+                # half precision: 0.05 % of a standard deviation near 1, far below any noise, at half the space
+                content[_volume_name(key, volume)] = image.astype(np.float16)
+                content[_foreground_name(key, volume)] = foreground_positions(image)
         except (ImageError, MemoryError) as error:
             entry.problems.append((volume, str(error)))
             continue
@@ -151,13 +158,7 @@ def examine(path: Path, config: DataConfig, cache: Cache | None = None) -> Entry
         if config.slice_axis is not None:
             flat = image.swapaxes(0, 1).reshape(image.shape[1], -1)
             entry.slices.append(np.flatnonzero(flat.min(1) < flat.max(1)).tolist())
-        if cache is not None and from_volumes(config):
-            # half precision: 0.05 % of a standard deviation near 1, far below any noise, at half the space
-            for name, content in (
-                (_volume_name(key, volume), image.astype(np.float16)),
-                (_foreground_name(key, volume), foreground_positions(image)),
-            ):
-                entry.sizes[name] = cache.write(name, content)
+        entry.sizes |= {name: cache.write(name, stored) for name, stored in content.items()}
     # what failed is tried again by the next run: the cause may have been the disk or the network
     if cache is not None and not entry.problems:
         cache.put(entry)

@@ -18,7 +18,7 @@ from cover.data.cache import Cache, Entry, examine
 from cover.data.manifest import Source, find, splits
 from cover.data.prepare import prepare, resample
 from cover.data.reading import from_volumes, read
-from cover.data.report import DataError, Finding, ImageError, Report
+from cover.data.report import DataError, Finding, ImageError, Report, printable
 from cover.rng import Draws
 
 _THREADS = 8  # each holds a whole decoded file
@@ -47,7 +47,7 @@ class ImageSet:
         """File name of image `i`, with its volume and slice where the file holds several."""
         file, volume, position = self._items[i].tolist()
         source, entry = self._files[file]
-        parts = [source.name]
+        parts = [printable(source.name)]
         if entry.count > 1:
             parts.append(f"volume {volume}")
         if position >= 0:
@@ -185,13 +185,14 @@ def _report(files: list[tuple[Source, Entry]], images: int, cache: Cache | None)
             for volume, what in getattr(entry, kind)
         )
 
+    repeated = (Finding(s.name, f"is there {s.times} times: used once") for s, _ in files if s.times > 1)
     sizes = {name: size for _, entry in files for name, size in entry.sizes.items()}
     spacings = sorted({entry.spacing for _, entry in files if entry.spacing is not None and entry.volumes})
     return Report(
         files=len(files),
         images=images,
         problems=findings("problems"),
-        notes=findings("notes"),
+        notes=(*findings("notes"), *repeated),
         spacings=tuple(spacings),
         cache=str(cache.folder) if sizes else None,
         cache_bytes=sum(sizes.values()),

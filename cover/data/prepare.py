@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from cover.config import DataConfig
 from cover.data.pictures import check_shape
 from cover.data.reading import from_volumes
-from cover.data.report import ImageError
+from cover.data.report import ImageError, image_errors
 
 _LARGEST = 1e30  # beyond it, sums of squares leave float32
 _FOREGROUND_POSITIONS = 4096
 
 
+@image_errors("cannot be prepared")
 def prepare(array: np.ndarray, spacing: tuple[float, ...] | None, config: DataConfig) -> tuple[np.ndarray, str | None]:
     """One image, ready for cropping.
 

@@ -1,6 +1,8 @@
 """One file to arrays: its format, which of its volumes, axis order, voxel size; not yet channels and intensities."""
 
+import gzip
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +13,13 @@ from nibabel.orientations import apply_orientation, io_orientation
 
 from cover.config import DataConfig
 from cover.data.pictures import check_shape, decode_picture
-from cover.data.report import ImageError
+from cover.data.report import ImageError, image_errors
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 NIFTI = (".nii", ".nii.gz")
 SUFFIXES = (*PICTURES, *NIFTI, ".npy")
 _DEFLATE = 1032  # no gzip stream holds more than this many times its size
+_CHUNK = 2**20  # bytes
 _MILLIMETRES = {"meter": 1e3, "micron": 1e-3}
 
 
@@ -32,6 +35,7 @@ def from_volumes(config: DataConfig) -> bool:
     return len(config.crop) == 3 or config.slice_axis is not None
 
 
+@image_errors("cannot be read")
 def read(path: Path, config: DataConfig) -> Decoded:
     """Decode one file.
 
@@ -43,30 +47,38 @@ def read(path: Path, config: DataConfig) -> Decoded:
         ImageError: the file cannot be used. ImportError: it needs an extra that is not installed.
     """
     name = path.name.lower()
-    try:
-        if not path.is_file():
-            raise ImageError("no such file")
-        if path.stat().st_size == 0:
-            raise ImageError("empty file")
-        if name.endswith(PICTURES):
-            decoded = Decoded(decode_picture(path.read_bytes(), config.max_voxels)[None], None)
-        elif name.endswith(NIFTI):
-            decoded = _read_nifti(path, config)
-        elif name.endswith(".npy"):
-            decoded = _read_npy(path, config)
-        else:
-            raise ImageError(f"its format is not known; expected one of {' '.join(SUFFIXES)}")
-    except (ImageError, ImportError):
-        raise
-    except Exception as error:  # decoders raise whatever a damaged file makes them trip over
-        message = " ".join(str(error).split())
-        raise ImageError(f"cannot be read: {type(error).__name__}: {message}") from error
+    if path.is_dir():
+        os.scandir(path).close()  # raises where the search for files could not look into it
+        raise ImageError("is a folder; expected an image")
+    if not path.is_file():
+        raise ImageError("no such file")
+    if path.stat().st_size == 0:
+        raise ImageError("empty file")
+    if name.endswith(PICTURES):
+        decoded = Decoded(decode_picture(path.read_bytes(), config.max_voxels)[None], None)
+    elif name.endswith(NIFTI):
+        decoded = _read_nifti(path, config)
+    elif name.endswith(".npy"):
+        decoded = _read_npy(path, config)
+    else:
+        raise ImageError(f"its format is not known; expected one of {' '.join(SUFFIXES)}")
     _check_dimensions(decoded.array.shape[2:], config)
     return decoded
 
 
 def _read_nifti(path: Path, config: DataConfig) -> Decoded:
-    image = nibabel.load(path)
+    image, size = nibabel.load(path), path.stat().st_size
+    if not path.name.lower().endswith(".gz"):
+        return _decode_nifti(image, size, config)
+    with gzip.open(path) as stream:
+        decoded = _decode_nifti(type(image).from_stream(stream), size * _DEFLATE, config)
+        while stream.read(_CHUNK):  # to the end, where the checksum is: nibabel stops after the last voxel
+            pass
+    return decoded
+
+
+def _decode_nifti(image: nibabel.spatialimages.SpatialImage, most: int, config: DataConfig) -> Decoded:
+    """The volumes of an image that can hold at most `most` bytes."""
     shape = image.shape
     if len(shape) < 3 or any(size != 1 for size in shape[4:]):
         raise ImageError(f"expected a 3D or 4D NIfTI, got shape {shape}")
@@ -78,19 +90,18 @@ def _read_nifti(path: Path, config: DataConfig) -> Decoded:
     check_shape(image.shape, config.max_voxels)
     dtype = _check_real(image.get_data_dtype())
     # memory is set aside by what the header claims, so that the claim must be possible
-    most = path.stat().st_size * (_DEFLATE if path.name.lower().endswith(".gz") else 1)
     if math.prod(image.shape) * dtype.itemsize > most:
         raise ImageError(
             f"is cut off: its header claims shape {image.shape} of {dtype}, the file is too short for that"
         )
     if not np.isfinite(image.affine).all() or np.linalg.det(image.affine[:3, :3]) == 0:
         raise ImageError("its affine is singular: neither axis order nor voxel size are known")
-    if dtype.names:  # RGB
+    if dtype.names:  # RGB or RGBA
         pixels = np.asanyarray(image.dataobj)
-        array = np.stack([pixels[channel] for channel in dtype.names], axis=-1)
+        array = np.stack([pixels[channel] for channel in "RGB"], axis=-1)
     else:
-        array = image.get_fdata(dtype=np.float32, caching="unchanged")
-    array = array.reshape(*image.shape[:3], -1, len(dtype.names or "1"))
+        array = image.get_fdata(dtype=np.float32, caching="unchanged")[..., None]
+    array = array.reshape(*image.shape[:3], -1, array.shape[-1])
     if config.volumes == "channels":
         array = array.reshape(*image.shape[:3], 1, -1)
 
@@ -118,7 +129,7 @@ def _read_npy(path: Path, config: DataConfig) -> Decoded:
 
 
 def _check_real(dtype: np.dtype) -> np.dtype:
-    if dtype.kind not in "uifbV":
+    if dtype.kind not in "uifb" and not dtype.names:  # names: the colours of a NIfTI
         raise ImageError(f"expected real numbers, got {dtype}")
     return dtype
 

@@ -1,5 +1,7 @@
 """What was found in a data set: which files cannot be used and why, what was repaired, how large the cache is."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +12,26 @@ class DataError(ValueError):
 
 class ImageError(DataError):
     """One image that cannot be used; the message says why, without naming the file."""
+
+
+@contextmanager
+def image_errors(failure: str) -> Iterator[None]:
+    """Makes any exception an ImageError, `failure` before its type and message; ImportError (a missing extra) passes.
+
+    One file must not end the look at all others, and decoders raise whatever a damaged file makes them trip over.
+    """
+    try:
+        yield
+    except (ImageError, ImportError):
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise ImageError(f"{failure}: {type(error).__name__}: {message}") from error
+
+
+def printable(text: str) -> str:
+    """`text` on one line: what a terminal obeys (line breaks, escapes) or UTF-8 lacks is escaped as in `ascii`."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Finding(NamedTuple):
@@ -48,7 +70,7 @@ class Report:
             smallest, largest = (" x ".join(f"{size:.3g}" for size in spacing) for spacing in _range(self.spacings))
             lines.append(f"voxel size: {smallest}" + (f" to {largest}" if largest != smallest else "") + " mm")
         if self.cache is not None:
-            lines.append(f"cache: {self.cache_bytes / 1e6:.1f} MB in {self.cache}")
+            lines.append(f"cache: {self.cache_bytes / 1e6:.1f} MB in {printable(self.cache)}")
         return "\n".join(lines)
 
     def summary(self, most: int = 10) -> str:
@@ -66,5 +88,6 @@ def _range(spacings: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], 
 def _table(title: str, rows: tuple[Finding, ...]) -> list[str]:
     if not rows:
         return []
-    width = max(len("file"), *(len(row.name) for row in rows))
-    return [f"{name:<{width}}  {what}" for name, what in (("file", title), *rows)]
+    cells = [("file", title), *((printable(row.name), printable(row.what)) for row in rows)]
+    width = max(len(name) for name, _ in cells)
+    return [f"{name:<{width}}  {what}" for name, what in cells]
