@@ -46,7 +46,7 @@ def plot_training(run: Path, path: Path) -> Path:
     steps = [record["step"] for record in records]
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     curves = (("epe", "epe_zero"), ("vector_loss", "consistency_loss"), ("feature_variance",))
-    for axis, names, label in zip(axes, curves, ("voxels", "loss", "0: collapsed, 1: spread"), strict=True):
+    for axis, names, label in zip(axes, curves, ("voxels", "loss", "1: directions spread evenly"), strict=True):
         for name in names:
             axis.plot(steps, smooth([record[name] for record in records]), label=name.replace("_", " "))
         axis.set(xlabel="step", ylabel=label, ylim=(0, None))

@@ -196,7 +196,7 @@ class Trainer:
         versions = f"cover {__version__} with {kernels} kernels, torch {torch.__version__}"
         self.log.message(f"{versions}, {self.device}, {torch.get_num_threads()} threads, run {self.out}")
         self.log.message(str(self.images.report))
-        self.log.message(f"{len(self.images)} images, {held_out}; network of {parameters / 1e6:.2f} M parameters")
+        self.log.message(f"{len(self.images)} images, {held_out}; network of {parameters:,} parameters")
         dvf, reach = self.views.dvf.config, tuple(round(r, 1) for r in self.model.pyramid.reach)
         fitted = f"reach of the pyramid {reach} voxels; rotation {dvf.rotation:.3g} degrees, scale {dvf.scale:.3g}"
         self.log.message(

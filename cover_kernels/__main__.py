@@ -64,7 +64,8 @@ def main() -> int:
     for device in devices():
         print(f"{device}: {info[device]['backend']} ({info[device]['reason']})")
     for name, target in info["compiled"].items():
-        print(f"backend {name}: {target}")
+        used = any(name in serving(device) for device in devices())
+        print(f"backend {name}: {target}{'' if used else '; it serves no device here'}")
     failed = False
     for device in devices():
         for backend in serving(device):

@@ -147,7 +147,9 @@ def test_the_cuda_extension_loads_without_a_gpu_and_has_every_operator():
 def test_self_test_passes_and_prints_the_table(capsys):
     assert self_test.main() == 0
     printed = capsys.readouterr().out
+    in_use = {name for device in backends.devices() for name in backends.serving(device)}
     assert "cpu: cpu (first choice for cpu tensors" in printed and "backend cuda: " in printed
+    assert ("; it serves no device here" in printed.split("backend triton: ")[1]) == ("triton" not in in_use)
     assert "self-test of cpu on cpu: veu passed, warp passed, compose passed" in printed
 
 
