@@ -40,6 +40,9 @@ def test_without_a_compiled_library_the_reference_serves_and_says_so_once(monkey
     monkeypatch.setitem(backends._UNAVAILABLE, "cpu", "the compiled library is missing")
     monkeypatch.setattr(backends, "_warned", set())
     x = torch.zeros(1, 1, 2, 2)
+    with warnings.catch_warnings(), cover_kernels.use_backend("reference"):
+        warnings.simplefilter("error")  # who asks for it is not warned
+        cover_kernels.veu(x, x, 3)
     with pytest.warns(UserWarning, match="slow reference implementation: not cpu: the compiled library is missing"):
         cover_kernels.veu(x, x, 3)
     with warnings.catch_warnings():
@@ -73,6 +76,7 @@ def test_an_unknown_instruction_set_leaves_the_reference_with_the_reason():
         ("compute_90a", (10, 0), False),
         ("sm_100 sm_120", (12, 1), True),
         ("sm_100f", (10, 3), True),
+        ("compute_100f", (12, 0), False),  # its features are those of its major version
         ("", (8, 0), False),
     ],
 )
@@ -127,11 +131,20 @@ def test_forcing_a_backend_that_was_not_built_says_what_is_missing(monkeypatch):
         cover_kernels.use_backend("cuda").__enter__()
 
 
+def test_a_library_that_does_not_load_says_so(monkeypatch, tmp_path):
+    (tmp_path / "_broken.so").write_bytes(b"not a library")
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    compiled_for, reason = backends._load("broken", "symbol", "missing")
+    assert compiled_for == "" and re.match(r"_broken\.so does not load into torch \d.*_broken\.so", reason, re.DOTALL)
+
+
 def test_info_says_what_was_compiled(gpu):
     compiled = cover_kernels.backend_info()["compiled"]
     assert compiled["cuda"] == "sm_80 sm_90" and compiled["cpu"] == backends._COMPILED_FOR["cpu"] != ""
     gpu.setitem(backends._UNAVAILABLE, "cuda", "no toolkit")
-    assert cover_kernels.backend_info()["compiled"]["cuda"] == "no toolkit"
+    gpu.setitem(backends._UNAVAILABLE, "triton", "no triton")
+    compiled = cover_kernels.backend_info()["compiled"]
+    assert compiled["cuda"] == "no toolkit" and compiled["triton"] == "no triton"
 
 
 @pytest.mark.skipif(

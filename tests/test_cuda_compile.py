@@ -80,6 +80,9 @@ def test_regressions_are_found():
         (90, 104, 47000, 128, 4),
         (86, 40, 33333, 192, 2),
         (80, 255, 0, 256, 1),
+        (80, 33, 0, 128, 12),
+        (90, 192, 0, 64, 4),
+        (86, 16, 0, 32, 16),
     ],
 )
 def test_occupancy_is_that_of_nvidias_calculator(arch, registers, shared_bytes, threads, blocks):
@@ -91,14 +94,15 @@ SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;
 .L_x_1:
         /*0010*/                   MUFU.EX2 R2, R2 ;
+        /*0020*/                   FFMA R7, R7, R2, R7 ;
 .L_x_2:
-        /*0020*/                   LDS.128 R4, [R3] ;
-        /*0030*/                   FFMA R5, R4, R2, R5 ;
-        /*0040*/              @!P0 FFMA.FTZ R6, R4, R2, R6 ;
-        /*0050*/               @P1 BRA `(.L_x_2) ;
-        /*0060*/               @P2 BRA `(.L_x_1) ;
+        /*0030*/                   LDS.128 R4, [R3] ;
+        /*0040*/                   FFMA R5, R4, R2, R5 ;
+        /*0050*/              @!P0 FFMA.FTZ R6, R4, R2, R6 ;
+        /*0060*/               @P1 BRA `(.L_x_2) ;
+        /*0070*/               @P2 BRA `(.L_x_1) ;
 .L_x_3:
-        /*0070*/                   BRA `(.L_x_3);
+        /*0080*/                   BRA `(.L_x_3);
 """
 
 
