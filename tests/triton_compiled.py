@@ -78,6 +78,8 @@ ON_SM_90 = {
     "veu plane, C=8 N=7": lambda: veu(8, 7, PLANE, torch.float32),
     "veu plane, C=16 N=5, bfloat16": lambda: veu(16, 5, PLANE, torch.bfloat16),
     "veu plane, C=32 N=3, bfloat16, groups and mask": lambda: veu(32, 3, PLANE, torch.bfloat16, 2, masked=True),
+    "veu plane, C=64 N=3, groups": lambda: veu(64, 3, PLANE, torch.float32, 2),
+    "veu volume, C=40 N=5, bfloat16, groups and mask": lambda: veu(40, 5, VOLUME, torch.bfloat16, 2, masked=True),
     "veu plane, C=3 N=3, float64": lambda: veu(3, 3, PLANE, torch.float64),
     "sampling plane, float16, deterministic": lambda: sampling(8, PLANE, 1, torch.float16, True, border=True),
     "sampling volume, float64, deterministic": lambda: sampling(8, VOLUME, 1, torch.float64, True),

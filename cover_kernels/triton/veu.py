@@ -6,8 +6,9 @@ is online in base 2, with scale * log2(e) folded into the queries; only the sum 
 per key, the moments along H and D once per row. The backward (docs/derivations.md) is two gathers, so that its result
 is the same bits in every run. Nothing of size N^d exists anywhere.
 
-The channels of a group are cut into blocks of VEC, the first axis of every block; a thread holds all channels of its
-voxels, so that a dot product needs no exchange between threads. (From 64 channels on, warps share them.)
+A thread holds a chunk of up to 32 channels of its voxels, most often all of a group, so that a dot product needs no
+exchange between threads. The other chunks of a larger group are read from cache for every score, and in the backward a
+program has one chunk of the gradient. A chunk is BLOCKS blocks of VEC channels, the first axis of every block.
 """
 
 import torch
@@ -17,8 +18,8 @@ import triton.language as tl
 from cover_kernels.checks import acc_dtype
 from cover_kernels.triton.common import LN2, LOG2E, grid, lanes, on_device, program, volume
 
-MOST_BLOCKS = 8  # of channels: what is unrolled
-MOST_CHANNELS = 32  # in one thread
+MOST_BLOCKS = 8  # of a chunk: what is unrolled
+MOST_CHANNELS, MOST_SHARED = 32, 24  # of the only chunk of a group, of one of several
 MOST_OFFSETS = 9  # scores of a row that are in registers at once; wider windows take several turns
 # What fits into the registers of a thread without spilling (tests/test_triton.py), in numbers of the channels' type:
 # of its own voxels, and in the backward of the voxels of the window that are being loaded.
@@ -45,31 +46,54 @@ def _row(z, y, H, W):
 
 
 @triton.jit
-def _load(x, at, valid, P, C: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr):
-    """All channels of x [C, P] at voxels `at` [rows, COLS], 0 where not `valid`: blocks [VEC, rows, COLS]."""
+def _load(x, at, valid, P, chunk, C: tl.constexpr, BLOCKS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr):
+    """A chunk of x [C, P] at voxels `at` [rows, COLS], 0 where not `valid`: BLOCKS blocks [VEC, rows, COLS]."""
     blocks = ()
-    for first in tl.static_range(0, C, VEC):
-        c = first + tl.arange(0, VEC)[:, None, None]
+    for i in tl.static_range(BLOCKS):
+        c = (chunk * BLOCKS + i) * VEC + tl.arange(0, VEC)[:, None, None]
         block = tl.load(x + (c.to(tl.int64) * P + at[None]), mask=(c < C) & valid[None], other=0)
         blocks = blocks + (block.to(ACC),)
     return blocks
 
 
 @triton.jit
-def _store(x, at, valid, blocks, P, C: tl.constexpr, VEC: tl.constexpr):
+def _store(x, at, valid, blocks, P, chunk, C: tl.constexpr):
     """The reverse of `_load`."""
+    VEC: tl.constexpr = blocks[0].shape[0]
     for i in tl.static_range(len(blocks)):
-        c = i * VEC + tl.arange(0, VEC)[:, None, None]
+        c = (chunk * len(blocks) + i) * VEC + tl.arange(0, VEC)[:, None, None]
         tl.store(x + (c.to(tl.int64) * P + at[None]), blocks[i], mask=(c < C) & valid[None])
 
 
 @triton.jit
 def _dot(a, b):
-    """Sum over all channels of a * b: [ROWS, COLS]."""
+    """Sum over the channels of a chunk of a * b: [ROWS, COLS]."""
     total = a[0] * b[0]
     for i in tl.static_range(1, len(a)):
         total += a[i] * b[i]
     return tl.sum(total, 0)
+
+
+@triton.jit
+def _product(a, b, x, at_x, valid_x, y, at_y, valid_y, P, chunk, factor, C: tl.constexpr):
+    """<factor * x, y> over all channels of x and y [C, P], at voxels at_x and at_y: [ROWS, COLS].
+
+    Of one chunk, a = factor * x and b = y are at hand; the others are read.
+    """
+    BLOCKS: tl.constexpr = len(a)
+    VEC: tl.constexpr = a[0].shape[0]
+    ACC: tl.constexpr = a[0].dtype
+    total = _dot(a, b)
+    if C > BLOCKS * VEC:
+        others = tl.zeros_like(total)
+        # block by block: more of them at once would spill
+        for i in range((tl.cdiv(C, BLOCKS * VEC) - 1) * BLOCKS):
+            block = tl.where(i < chunk * BLOCKS, i, i + BLOCKS)
+            others += _dot(
+                _load(x, at_x, valid_x, P, block, C, 1, VEC, ACC), _load(y, at_y, valid_y, P, block, C, 1, VEC, ACC)
+            )
+        total += factor * others
+    return total
 
 
 @triton.jit
@@ -118,6 +142,7 @@ def _veu_fwd(
     RX: tl.constexpr,
     d: tl.constexpr,
     C: tl.constexpr,
+    BLOCKS: tl.constexpr,
     VEC: tl.constexpr,
     OFFSETS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -128,6 +153,7 @@ def _veu_fwd(
         return
     ACC: tl.constexpr = v.dtype.element_ty
     factor = tl.full((1, 1), scale, ACC) * LOG2E
+    chunk: tl.constexpr = 0
     b, z, y0, y, x = _tile(index, D, H, W, ROWS, COLS)
     here = (y < H) & (x < W)
     at = _row(z, y, H, W) + x
@@ -137,7 +163,7 @@ def _veu_fwd(
     v_z, v_y, v_x = zeros, zeros, zeros
     for j in range(J):
         group = (b * J + j) * C * P
-        query = _scaled(_load(q + group, at, here, P, C, VEC, ACC), factor)
+        query = _scaled(_load(q + group, at, here, P, chunk, C, BLOCKS, VEC, ACC), factor)
         # the first maximum is half the least number: finite, so that -inf - top is never NaN
         top = zeros - (8e307 if v.dtype.element_ty == tl.float64 else 1.7e38)
         total, m_z, m_y, m_x = zeros, zeros, zeros, zeros
@@ -149,8 +175,11 @@ def _veu_fwd(
                     before, scores = top, ()
                     for i in tl.static_range(OFFSETS):
                         valid = _taking_part(mask, at_key + i, x, W, first + i, RX)
-                        key = _load(k + group + i, at_key, valid, P, C, VEC, ACC)
-                        score = tl.where(near & valid, _dot(query, key), float("-inf"))
+                        key = _load(k + group + i, at_key, valid, P, chunk, C, BLOCKS, VEC, ACC)
+                        score = _product(
+                            query, key, q + group, at, here, k + group + i, at_key, valid, P, chunk, factor, C
+                        )
+                        score = tl.where(near & valid, score, float("-inf"))
                         top = tl.maximum(top, score)
                         scores = scores + (score,)
                     row_total, row_moment = zeros, zeros
@@ -176,6 +205,13 @@ def _veu_fwd(
         tl.store(v, v_z / J, mask=here)
     tl.store(v + (d - 2) * P, v_y / J, mask=here)
     tl.store(v + (d - 1) * P, v_x / J, mask=here)
+
+
+@triton.jit
+def _chunk(volume, C: tl.constexpr, BLOCKS: tl.constexpr, VEC: tl.constexpr):
+    """The group and the chunk of its channels that program `volume` of a stack has."""
+    chunks: tl.constexpr = (C + BLOCKS * VEC - 1) // (BLOCKS * VEC)
+    return volume // chunks, (volume % chunks).to(tl.int32)
 
 
 @triton.jit
@@ -215,6 +251,7 @@ def _veu_grad_q(
     RX: tl.constexpr,
     d: tl.constexpr,
     C: tl.constexpr,
+    BLOCKS: tl.constexpr,
     VEC: tl.constexpr,
     OFFSETS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -226,13 +263,16 @@ def _veu_grad_q(
         return
     ACC: tl.constexpr = v.dtype.element_ty
     factor = tl.full((1, 1), scale, ACC)
-    group, z, y0, y, x = _tile(index, D, H, W, ROWS, COLS)
+    volume, z, y0, y, x = _tile(index, D, H, W, ROWS, COLS)
+    group, chunk = _chunk(volume, C, BLOCKS, VEC)
     here = (y < H) & (x < W)
     at = _row(z, y, H, W) + x
     b = group // J
     if mask is not None:
         mask += b * P
-    query = _scaled(_load(q + group * C * P, at, here, P, C, VEC, ACC), factor * LOG2E)
+    q += group * C * P
+    k += group * C * P
+    query = _scaled(_load(q, at, here, P, chunk, C, BLOCKS, VEC, ACC), factor * LOG2E)
     g_z, g_y, g_x = _load_vector(grad_v + b * d * P, at, here, P, d)
     v_z, v_y, v_x = _load_vector(v + b * d * P, at, here, P, d)
     mean_delta = g_z * v_z + g_y * v_y + g_x * v_x
@@ -248,8 +288,9 @@ def _veu_grad_q(
                 at_key = _row(key_z, key_y, H, W) + first + x.to(tl.int64)
                 for i in tl.static_range(OFFSETS):
                     valid = _taking_part(mask, at_key + i, x, W, first + i, RX)
-                    key = _load(k + group * C * P + i, at_key, valid, P, C, VEC, ACC)
-                    w = tl.where(near & valid, tl.exp2(_dot(query, key) - top), 0)
+                    key = _load(k + i, at_key, valid, P, chunk, C, BLOCKS, VEC, ACC)
+                    score = _product(query, key, q, at, here, k + i, at_key, valid, P, chunk, factor * LOG2E, C)
+                    w = tl.where(near & valid, tl.exp2(score - top), 0)
                     t = w * (base + g_x * (first + i))
                     excess += t
                     total = _added(total, t, key)
@@ -257,8 +298,9 @@ def _veu_grad_q(
                         weighted = _added(weighted, w, key)
     if SEVERAL:
         total = _added(total, -excess, weighted)
-    tl.store(delta + group * P + at, mean_delta + excess, mask=here)
-    _store(grad_q + group * C * P, at, here, _scaled(total, factor / J), P, C, VEC)
+    if chunk == 0:
+        tl.store(delta + group * P + at, mean_delta + excess, mask=here)
+    _store(grad_q + group * C * P, at, here, _scaled(total, factor / J), P, chunk, C)
 
 
 @_jit
@@ -282,6 +324,7 @@ def _veu_grad_k(
     RX: tl.constexpr,
     d: tl.constexpr,
     C: tl.constexpr,
+    BLOCKS: tl.constexpr,
     VEC: tl.constexpr,
     OFFSETS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -292,14 +335,17 @@ def _veu_grad_k(
         return
     ACC: tl.constexpr = lse.dtype.element_ty
     factor = tl.full((1, 1), scale, ACC)
-    group, z, y0, y, x = _tile(index, D, H, W, ROWS, COLS)
+    volume, z, y0, y, x = _tile(index, D, H, W, ROWS, COLS)
+    group, chunk = _chunk(volume, C, BLOCKS, VEC)
     here = (y < H) & (x < W)
     at = _row(z, y, H, W) + x
     b = group // J
     taken = here
     if mask is not None:
         taken = here & tl.load(mask + b * P + at, mask=here, other=0)
-    key = _scaled(_load(k + group * C * P, at, taken, P, C, VEC, ACC), factor * LOG2E)
+    q += group * C * P
+    k += group * C * P
+    key = _scaled(_load(k, at, taken, P, chunk, C, BLOCKS, VEC, ACC), factor * LOG2E)
     total = _scaled(key, tl.zeros((ROWS, COLS), ACC))
     for query_z in range(tl.maximum(z - RZ, 0), tl.minimum(z + RZ + 1, D)):
         for query_y in range(tl.maximum(y0 - RY, 0), tl.minimum(y0 + ROWS + RY, H)):
@@ -309,7 +355,7 @@ def _veu_grad_k(
                 for i in tl.static_range(OFFSETS):
                     # the query at x + first + i sees this key at the opposite offset
                     valid = _taking_part(None, at_query + i, x, W, first + i, RX)
-                    query = _load(q + group * C * P + i, at_query, valid, P, C, VEC, ACC)
+                    query = _load(q + i, at_query, valid, P, chunk, C, BLOCKS, VEC, ACC)
                     g_z, g_y, g_x = _load_vector(grad_v + b * d * P + i, at_query, valid, P, d)
                     top = _load_lse(lse + group * P + i, at_query, valid)
                     base = (
@@ -317,11 +363,13 @@ def _veu_grad_k(
                         - g_x * (first + i)
                         - tl.load(delta + group * P + i + at_query, mask=valid, other=0)
                     )
-                    t = tl.exp2(_dot(query, key) - top) * (base + g_y * (y - query_y))
+                    score = _product(key, query, k, at, taken, q + i, at_query, valid, P, chunk, factor * LOG2E, C)
+                    t = tl.exp2(score - top) * (base + g_y * (y - query_y))
                     total = _added(total, tl.where(near & valid, t, 0), query)
-    _store(grad_k + group * C * P, at, taken, _scaled(total, factor / J), P, C, VEC)
+    grad_k += group * C * P
+    _store(grad_k, at, taken, _scaled(total, factor / J), P, chunk, C)
     # a key that takes no part was loaded as 0: its gradient, whatever the queries around it hold
-    _store(grad_k + group * C * P, at, here & ~taken, key, P, C, VEC)
+    _store(grad_k, at, here & ~taken, key, P, chunk, C)
 
 
 def _plan(q, window, heads, backward):
@@ -331,20 +379,24 @@ def _plan(q, window, heads, backward):
     # a window wider than the image sees no more than one as wide as the image
     RZ, RY, RX = (min(n // 2, size - 1) for n, size in zip(window, (D, H, W), strict=True))
     C = q.shape[1] // heads
+    chunks = 1 if C <= MOST_CHANNELS else triton.cdiv(C, MOST_SHARED)
+    VEC = triton.next_power_of_2(triton.cdiv(C, chunks * MOST_BLOCKS))
+    BLOCKS = triton.cdiv(C, chunks * VEC)
     # forward: the query; backward: also its gradient and the weighted keys
-    numbers = (3 if backward else 1) * min(C, MOST_CHANNELS) * acc_dtype(q.dtype).itemsize // 4
+    numbers = (3 if backward else 1) * BLOCKS * VEC * acc_dtype(q.dtype).itemsize // 4
     ROWS = 2 if H > 1 and 2 * numbers <= OWN_NUMBERS else 1
     # the widest tile that leaves the fewest threads without a voxel
     COLS = min((lanes() * warps for warps in (4, 2, 1)), key=lambda cols: triton.cdiv(W, cols) * cols)
-    warps = COLS // lanes() * min(8, triton.cdiv(triton.next_power_of_2(C), MOST_CHANNELS))
-    turns = triton.cdiv(2 * RX + 1, max(1, LOADED_NUMBERS // C) if backward else MOST_OFFSETS)
-    programs = q.shape[0] * (heads if backward else 1) * D * triton.cdiv(H, ROWS) * triton.cdiv(W, COLS)
+    offsets = 1 if chunks > 1 else LOADED_NUMBERS // C if backward else MOST_OFFSETS
+    turns = triton.cdiv(2 * RX + 1, offsets)
+    volumes = q.shape[0] * (heads * chunks if backward else 1)
+    programs = volumes * D * triton.cdiv(H, ROWS) * triton.cdiv(W, COLS)
     sizes = {
         **{"programs": programs, "P": D * H * W, "J": heads, "D": D, "H": H, "W": W, "RZ": RZ, "RY": RY, "RX": RX},
-        **{"d": q.dim() - 2, "C": C, "VEC": triton.next_power_of_2(triton.cdiv(C, MOST_BLOCKS))},
+        **{"d": q.dim() - 2, "C": C, "BLOCKS": BLOCKS, "VEC": VEC},
         **{"OFFSETS": triton.cdiv(2 * RX + 1, turns), "ROWS": ROWS, "COLS": COLS},
     }
-    return sizes, {"num_warps": warps}, grid(programs)
+    return sizes, {"num_warps": COLS // lanes()}, grid(programs)
 
 
 def veu_fwd(q, k, window, heads, scale, mask):
