@@ -20,6 +20,8 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 def _check_tensor(op: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: `{name}` must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: `{name}` must be a dense tensor, got {x.layout}")
     if forward_ad.unpack_dual(x).tangent is not None:  # torch.library would drop the tangent without a word
         raise RuntimeError(f"{op}: `{name}` carries a tangent, but {op} has no forward-mode derivative (jvp)")
 

@@ -53,6 +53,8 @@ def veu(
         raise ValueError(f"veu: `heads` must be a positive int that divides the {q.shape[1]} channels, got {heads!r}")
     if scale is None:
         scale = (q.shape[1] // heads) ** -0.5
+    elif not isinstance(scale, (int, float)):
+        raise TypeError(f"veu: `scale` must be a number, got {type(scale).__name__}")
     if mask is not None:
         check_like("veu", "mask", mask, "q", q, (q.shape[0], 1, *q.shape[2:]), (torch.bool,))
     return torch.ops.cover_kernels.veu_fwd(q, k, window, heads, float(scale), mask)[0]

@@ -59,6 +59,10 @@ BAD = [
     # not what the word stands for
     ("veu", {"q": None}, TypeError, "`q` must be a tensor, got NoneType"),
     ("warp", {"flow": [0.0]}, TypeError, "`flow` must be a tensor, got list"),
+    ("veu", {"q": zeros(1, 6, 4, 8).to_sparse()}, TypeError, "`q` must be a dense tensor, got torch.sparse_coo"),
+    ("compose", {"flow": zeros(1, 2, 4, 8).to_sparse()}, TypeError, "`flow` must be a dense tensor, got torch.sparse"),
+    ("veu", {"scale": "1"}, TypeError, "`scale` must be a number, got str"),
+    ("veu", {"scale": torch.ones(2)}, TypeError, "`scale` must be a number, got Tensor"),
     ("warp", {"padding": "wrap"}, ValueError, '`padding` must be "zeros" or "border", got \'wrap\''),
 ]
 
