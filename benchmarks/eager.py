@@ -4,7 +4,7 @@ Signatures and conventions are those of `cover_kernels`. What does not depend on
 """
 
 from functools import lru_cache
-from itertools import product
+from itertools import product as combinations
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,10 @@ from cover_kernels.checks import per_axis
 
 
 @lru_cache(maxsize=4)
-def _window(S, window, device):
+def make_window(S, window, device):
     """(offsets of the window [O, d], bool [O, 1, 1, *S]: the key at p + o is outside the image)."""
     radii = [n // 2 for n in window]
-    offsets = torch.tensor(list(product(*(range(-r, r + 1) for r in radii))), device=device)
+    offsets = torch.tensor(list(combinations(*(range(-r, r + 1) for r in radii))), device=device)
     key = identity(S, device, torch.long) + offsets.view(*offsets.shape, *[1] * len(S))
     size = torch.tensor(S, device=device).view(-1, *[1] * len(S))
     return offsets.float(), ((key < 0) | (key >= size)).any(1)[:, None, None]
@@ -32,21 +32,36 @@ def shifted(x, window):
     """Views of x [..., *S], zero beyond its border: for each offset of the window, what lies at p + o."""
     S = x.shape[-len(window) :]
     padded = F.pad(x, [n // 2 for n in reversed(window) for _ in (0, 1)])
-    for start in product(*map(range, window)):
+    for start in combinations(*map(range, window)):
         yield padded[(..., *(slice(i, i + n) for i, n in zip(start, S, strict=True)))]
 
 
 def veu(q, k, window, heads=1, scale=None, mask=None):
     S = q.shape[2:]
     window = tuple(per_axis("veu", "window", window, len(S)))
-    offsets, outside = _window(S, window, q.device)
+    offsets, outside = make_window(S, window, q.device)
     if mask is not None:
         outside = outside | ~torch.stack(list(shifted(mask, window)))
+    return attend(q, k, window, heads, scale, offsets, outside)
+
+
+def attend(q, k, window, heads, scale, offsets, outside):
+    """veu, the offsets and which of them lead outside being known."""
     q, k = (x.unflatten(1, (heads, -1)) for x in (q, k))
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    q = q * scale
+    q = q * (q.shape[2] ** -0.5 if scale is None else scale)
     scores = torch.stack([(q * at).sum(2) for at in shifted(k, window)])
     w = scores.float().masked_fill(outside, -torch.inf).softmax(0).mean(2)
+    return torch.einsum("ob...,od->bd...", w, offsets)
+
+
+def attend_in_place(q, k, window, heads, scale, offsets, outside):
+    """The same without a gradient: products and scores are written where the last ones were."""
+    q, k = (x.unflatten(1, (heads, -1)) for x in (q, k))
+    q = q * (q.shape[2] ** -0.5 if scale is None else scale)
+    scores, product = q.new_empty(len(offsets), *q.shape[:2], *q.shape[3:]), torch.empty_like(q)
+    for score, at in zip(scores, shifted(k, window), strict=True):
+        torch.sum(torch.mul(q, at, out=product), 2, out=score)
+    w = scores.float().masked_fill_(outside, -torch.inf).softmax(0).mean(2)
     return torch.einsum("ob...,od->bd...", w, offsets)
 
 

@@ -19,16 +19,26 @@ import tempfile
 from math import prod
 from pathlib import Path
 
-from tables import COUNTED
-
 from cover_kernels.measure import machine, one_pass
-from cover_kernels.problems import BACKWARD, FORWARD, Problem, Veu
+from cover_kernels.problems import BACKWARD, FORWARD, Compose, Problem, Veu, Warp
 
 MARKS = """
 #include <valgrind/callgrind.h>
 void begin(void) { CALLGRIND_START_INSTRUMENTATION; CALLGRIND_ZERO_STATS; }
 void end(const char* name) { CALLGRIND_DUMP_STATS_AT(name); CALLGRIND_STOP_INSTRUMENTATION; }
 """
+
+# small: counts do not depend on the size, and every instruction is simulated
+COUNTED = [
+    Veu((96, 96), 7),
+    Veu((96, 96), 7, channels=32),
+    Veu((24, 24), 7, heads=4),
+    Veu((24, 24, 24), 5),
+    Warp((96, 96), 32),
+    Warp((24, 24, 24), 8),
+    Warp((24, 24, 24), 8, stride=2),
+    Compose((24, 24, 24)),
+]
 
 
 class Unavailable(Exception):

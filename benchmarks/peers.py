@@ -50,11 +50,29 @@ def eager_peer(problem: Problem, device: str) -> Peer:
     return Peer(lambda x, y: function(x, y, problem.stride))
 
 
+def in_place_peer(problem: Veu, device: str) -> Peer:
+    window = (problem.window,) * len(problem.S)
+    offsets, outside = eager.make_window(problem.S, window, torch.device(device))
+
+    def veu(q, k):
+        if torch.is_grad_enabled():
+            raise Unable("writes in place: autograd cannot go back through it")
+        return eager.attend_in_place(q, k, window, problem.heads, None, offsets, outside)
+
+    return Peer(veu)
+
+
 def compiled_peer(problem: Problem, device: str) -> Peer:
     if isinstance(problem, Veu) and problem.window ** len(problem.S) > 150:
         raise Unable(f"its loop over {problem.window ** len(problem.S)} offsets takes minutes to compile")
     torch.compiler.reset()
-    return Peer(torch.compile(eager_peer(problem, device).function, dynamic=False))
+    if not isinstance(problem, Veu):
+        return Peer(torch.compile(eager_peer(problem, device).function, dynamic=False))
+    window = (problem.window,) * len(problem.S)
+    # made outside of the graph, which would make it again in every call
+    offsets, outside = eager.make_window(problem.S, window, torch.device(device))
+    attend = torch.compile(eager.attend, dynamic=False)
+    return Peer(lambda q, k: attend(q, k, window, problem.heads, None, offsets, outside))
 
 
 def unfold_peer(problem: Veu, device: str) -> Peer:
@@ -63,7 +81,7 @@ def unfold_peer(problem: Veu, device: str) -> Peer:
     needed = problem.batch * prod(problem.S) * problem.heads * problem.channels * problem.window**d * 4
     if needed > 2**32:
         raise Unable(f"its unfolded keys alone would take {needed / 2**30:.0f} GiB")
-    offsets, outside = eager._window(problem.S, (problem.window,) * d, torch.device(device))
+    offsets, outside = eager.make_window(problem.S, (problem.window,) * d, torch.device(device))
     outside = outside.movedim(0, -1)
     space, offset = "xyz"[:d], "uvw"[:d]
 
@@ -114,7 +132,7 @@ def flex_peer(problem: Veu, device: str) -> Peer:
 
     touched = blocks_within_reach(S, problem.window, 128, device)
     count = touched.sum(1, dtype=torch.int32)
-    order = touched.int().argsort(1, descending=True, stable=True).int()
+    order = torch.argsort(touched.int(), dim=1, descending=True, stable=True).int()
     mask = BlockMask.from_kv_blocks(
         count[None, None], order[None, None].contiguous(), BLOCK_SIZE=128, mask_mod=near, seq_lengths=(n, n)
     )
@@ -144,8 +162,8 @@ def natten_peer(problem: Veu, device: str) -> Peer:
         raise Unable("its window must fit into the image")
     if problem.channels % 8:
         raise Unable("its channels must be a multiple of 8")
-    if device == "cpu" and prod(S) > 2**14:
-        raise Unable(f"its CPU path holds a mask of {prod(S)}^2 elements, {prod(S) ** 2 / 2**30:.0f} GiB")
+    if device == "cpu" and prod(S) > 2**12:
+        raise Unable(f"its CPU path makes masks of {prod(S)}^2 elements, in int64 {prod(S) ** 2 / 2**27:.0f} GiB each")
     import natten
 
     attention = {2: natten.na2d, 3: natten.na3d}[d]
@@ -197,6 +215,7 @@ def chain_peer(problem: Compose, device: str) -> Peer:
 PEERS = {
     Veu: {
         "eager": eager_peer,
+        "eager in place": in_place_peer,
         "torch.compile": compiled_peer,
         "unfold + einsum": unfold_peer,
         "FlexAttention": flex_peer,

