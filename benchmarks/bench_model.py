@@ -24,7 +24,7 @@ from cover_kernels.problems import BOTH, FORWARD, Work
 
 def pytest_generate_tests(metafunc):
     networks = NETWORKS[metafunc.config.getoption("form")]
-    metafunc.parametrize("network", networks, ids=lambda network: str(network).replace(" ", "_"))
+    metafunc.parametrize("network", networks, ids=lambda network: str(network).replace(" ", "_"), scope="module")
 
 
 @contextlib.contextmanager
@@ -36,15 +36,15 @@ def by_hand():
         yield
 
 
-@pytest.fixture
-def trainer(network, device, tmp_path):
+@pytest.fixture(scope="module")
+def trainer(network, device, tmp_path_factory):
     """A run on two random images, somewhat larger than the crop."""
-    (tmp_path / "data").mkdir()
+    data = tmp_path_factory.mktemp("data")
     for i in range(2):
         image = np.random.default_rng(i).normal(size=[n + 16 for n in network.S]).astype(np.float32)
-        np.save(tmp_path / "data" / f"{i}.npy", image)
+        np.save(data / f"{i}.npy", image)
     settings = config.replace(config.Config(), device=device, **network.settings)
-    return Trainer(settings, tmp_path / "data", tmp_path / "run")
+    return Trainer(settings, data, tmp_path_factory.mktemp("run"))
 
 
 @pytest.mark.parametrize("who", ["cover", "eager"])

@@ -1,7 +1,6 @@
 """The suites' frame: their options, the timing of a call and what is recorded beside it, the table at the end."""
 
 import os
-import statistics
 from dataclasses import asdict
 
 import pytest
@@ -59,14 +58,13 @@ def left_out(request):
 @pytest.fixture
 def timed(benchmark, request, form, device):
     """Times a call: `timed(call, problem, which, who, work, ...)`, further arguments being recorded as they are."""
-    seconds, least = {"quick": (0.0, 2), "short": (0.5, 5), "full": (2.0, 10)}[form]
+    # how long to go on, and how many rounds at least: of a call, and of one that takes longer than a second
+    seconds, least, least_of_slow = {"quick": (0.0, 2, 2), "short": (0.5, 5, 3), "full": (2.0, 10, 5)}[form]
 
     def run(call, problem, which: str, who: str, work: Work | None = None, before=None, **more):
         call = synchronised(call, device)
-        once = statistics.median(times(call, 0, least=1))
-        rounds = int(min(200, max(least, seconds / once)))
-        if once > 2:  # a slow one takes as few rounds as quartiles need
-            rounds = min(rounds, 5)
+        (once,) = times(call, 0, least=1)
+        rounds = least_of_slow if once > 1 else int(min(200, max(least, seconds / once)))
         benchmark.pedantic(call, setup=before, rounds=rounds)
         memory = peak_above(call, device)[0]
         identity = {"problem": str(problem), "pass": which, "who": who}

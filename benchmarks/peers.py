@@ -237,13 +237,12 @@ def peer(name: str, problem: Problem, device: str) -> Peer:
     return Peer(problem) if name == "cover" else PEERS[type(problem)][name](problem, device)
 
 
-@lru_cache(maxsize=2)
-def _exact(problem: Problem, device: str, which: str):
-    """The reference's results in float64: [output], or the gradients."""
+@lru_cache(maxsize=1)
+def _exact(problem: Problem, device: str) -> dict[str, list[torch.Tensor]]:
+    """The reference's results in float64: its output, and the gradients of all tensors."""
     tensors = [t.detach().double().requires_grad_() for t in problem.tensors(device)]
     with cover_kernels.use_backend("reference"):
-        results = one_pass(problem, tensors, which)()
-    return [results] if which == FORWARD else list(results)
+        return {FORWARD: [one_pass(problem, tensors, FORWARD)()], BOTH: list(one_pass(problem, tensors, BOTH)())}
 
 
 def check(candidate: Peer, problem: Problem, device: str, which: str) -> None:
@@ -254,7 +253,7 @@ def check(candidate: Peer, problem: Problem, device: str, which: str) -> None:
     inner = (..., *(slice(margin, n - margin) for n in problem.S)) if margin else ...
     tolerance = candidate.tolerance if problem.dtype.itemsize >= 4 else max(candidate.tolerance, 0.02)
     results = [results] if kind == FORWARD else results
-    for actual, expected in zip(results, _exact(problem, device, kind), strict=True):
+    for actual, expected in zip(results, _exact(problem, device)[kind], strict=True):
         expected = expected[inner]
         # the mean: a derivative jumps where a position lies within rounding of the border between two cells
         error = ((actual[inner].double() - expected).abs().mean() / expected.abs().mean()).item()
