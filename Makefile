@@ -39,14 +39,17 @@ demo: $(VENV)/with-plot
 test: $(VENV)/with-test
 	cd tests && $(BIN)/pytest
 
+# the table at the end says what was skipped and why
+BENCH := $(BIN)/pytest -q -rfE --disable-warnings --benchmark-quiet
+
 bench: $(VENV)/with-test
-	cd benchmarks && $(BIN)/pytest -q --benchmark-quiet bench_operators.py bench_model.py bench_data.py
+	cd benchmarks && $(BENCH) bench_operators.py bench_model.py bench_data.py
 
 # Every size, peer and axis, for an hour or more: OUT/results.json, OUT/report.md and its plots. compare.py shows two.
 bench-full: $(VENV)/with-test
 	test -n "$(OUT)" || { echo "make bench-full OUT=folder"; exit 1; }
 	mkdir -p "$(OUT)"
-	cd benchmarks && $(BIN)/pytest -q --benchmark-quiet --form full --benchmark-json="$(abspath $(OUT))/results.json" .
+	cd benchmarks && $(BENCH) --form full --benchmark-json="$(abspath $(OUT))/results.json" .
 	cd benchmarks && $(BIN)/python results.py "$(abspath $(OUT))/results.json"
 
 # The whole extension against a CUDA build of torch (2.14.1 brings CUDA 13.0), in an environment of its own: compiled,

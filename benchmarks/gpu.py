@@ -63,6 +63,7 @@ def main() -> int:
         print("something failed: nothing is timed")
         return 1
     options = ["--device", device, "--form", "quick" if arguments.quick else "full", "--benchmark-quiet"]
+    options += ["-rfE", "--disable-warnings"]  # the table at the end says what was skipped and why
     if arguments.json:
         options += ["--benchmark-json", str(Path(arguments.json).resolve())]
     return 0 if pytest(HERE, "bench_operators.py", *options) else 1
