@@ -91,7 +91,7 @@ class Network:
 
 NETWORKS = {
     "quick": [Network((32, 32), 3, (4, 8)), Network((8, 12, 16), 3, (4, 8))],
-    "short": [Network((384, 384), 7), Network((48, 48, 48), 5)],
+    "short": [Network((384, 384), 7), Network((32, 32, 32), 5)],
     "full": [Network((384, 384), 7), Network((96, 96, 96), 5)],
 }
 
