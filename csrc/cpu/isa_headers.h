@@ -11,6 +11,13 @@
 #include <new>
 #include <type_traits>
 #include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "../kernels.h"
 #include "parallel.h"
+
+// Where a call would keep vectors from staying in registers.
+#define COVER_INLINE_LAMBDA __attribute__((always_inline))
+#define COVER_INLINE __attribute__((always_inline)) inline

@@ -5,15 +5,17 @@
 namespace cover {
 namespace COVER_ISA {
 
-// A typedef in a struct, since an alias template cannot carry the attribute in every compiler.
-template <class A>
-struct VecOf {
-  typedef A type __attribute__((vector_size(COVER_BYTES)));
+// A vector of L numbers. A typedef in a struct, since an alias template cannot carry the attribute in every compiler.
+template <class A, int64_t L>
+struct LanesOf {
+  typedef A type __attribute__((vector_size(L * sizeof(A))));
 };
-template <class A>
-using Vec = typename VecOf<A>::type;
+template <class A, int64_t L>
+using Lanes = typename LanesOf<A, L>::type;
 template <class A>
 constexpr int64_t kLanes = COVER_BYTES / sizeof(A);
+template <class A>
+using Vec = Lanes<A, kLanes<A>>;
 
 // Not std::min and std::max: an out-of-line copy of those, compiled here for a wide instruction set, could be the one
 // that the linker keeps for the whole library. For the same reason there are no standard containers in these files.
@@ -65,14 +67,41 @@ inline Vec<A> load(const A* p) {
   return v;
 }
 
-template <class A>
-inline void store(A* p, Vec<A> v) {
+template <class V, class A>
+inline V load_as(const A* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class A, class V>
+inline void store(A* p, V v) {
   std::memcpy(p, &v, sizeof(v));
+}
+
+// Loads once what several instructions use: g++ makes each of them load it again.
+template <class V, class A>
+inline V load_once(const A* p) {
+  V v = load_as<V>(p);
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
 }
 
 template <class A>
 inline Vec<A> splat(A a) {
   return Vec<A>{} + a;
+}
+
+// Calls f with the constants 0..N - 1: a loop that leaves no index behind, so that arrays of vectors stay in registers.
+template <int... I, class F>
+COVER_INLINE void unroll(std::integer_sequence<int, I...>, const F& f) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+template <int N, class F>
+COVER_INLINE void unroll(const F& f) {
+  unroll(std::make_integer_sequence<int, N>(), f);
 }
 
 // a[0], b[0], a[1], b[1], ..
@@ -91,33 +120,78 @@ inline void store_pairs(A* p, Vec<A> a, Vec<A> b) {
   store_pairs(p, a, b, std::make_index_sequence<kLanes<A>>());
 }
 
-// 2^x for x <= 0, minimax polynomial with p(0) = 1: relative error below 1.6e-7; 0 below -126; NaN stays NaN.
-inline Vec<float> exp2(Vec<float> x) {
-  typedef int32_t Bits __attribute__((vector_size(COVER_BYTES)));
-  const float shift = 0x1.8p23f;  // adding it leaves round(x) in the low bits
-  Vec<float> shifted = x + shift;
-  Vec<float> r = x - (shifted - shift);
-  Vec<float> p = splat(0x1.5bba14p-10f);
-  p = p * r + 0x1.3cea88p-7f;
-  p = p * r + 0x1.c6b752p-5f;
-  p = p * r + 0x1.ebf9bcp-3f;
-  p = p * r + 0x1.62e42ap-1f;
-  p = p * r + 1.0f;
-  // a product, not an addition to the exponent bits, so that a NaN survives
-  Vec<float> y = p * (Vec<float>)(((Bits)shifted + 127) << 23);
-  return x < -126.0f ? splat(0.0f) : y;
+// a > b ? a : b, and so b where one is NaN: one instruction, which compilers do not see where a is a constant.
+template <class V>
+inline V larger(V a, V b) {
+#if COVER_BYTES == 64
+  if constexpr (sizeof(a[0]) == 4 && sizeof(V) == 64) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
+#if COVER_BYTES >= 32
+  if constexpr (sizeof(a[0]) == 4 && sizeof(V) == 32) return (V)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
+  return a > b ? a : b;
 }
 
-inline Vec<double> exp2(Vec<double> x) {
-  for (int64_t i = 0; i < kLanes<double>; i++) x[i] = ::exp2(x[i]);
-  return x;
+#if COVER_BYTES == 64
+// Element (i & 31) of 32 numbers, for every i of a vector of 16 or 8.
+template <class B>
+inline B lookup(const int32_t* table, B i) {
+  using Wide = Lanes<int32_t, 16>;
+  Wide index;
+  std::memcpy(&index, &i, sizeof(i));
+  const Wide found = (Wide)_mm512_permutex2var_epi32((__m512i)load_as<Wide>(table), (__m512i)index,
+                                                     (__m512i)load_as<Wide>(table + 16));
+  B low;
+  std::memcpy(&low, &found, sizeof(low));
+  return low;
 }
 
-// log2(x) for x >= 1: a guess from the exponent's bits (within 0.09), then Newton's method on 2^y = x.
+// 2^(i / 32) as bits, less i << 18: adding n << 18, with i the low five bits of n, gives 2^(n / 32).
+alignas(64) constexpr int32_t kExp2Table[32] = {
+    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+#endif
+
+// 2^x for x <= 0, relative error below 1.6e-7; exactly 1 at 0; 0 from -127 down, and between there and -126 some number
+// below 2^-126; NaN stays NaN. All of it is a product of two factors, so that a NaN survives whatever the bits of the
+// other one.
+template <class V>
+inline V exp2(V x) {
+  if constexpr (sizeof(x[0]) == sizeof(double)) {
+    for (size_t i = 0; i < sizeof(V) / sizeof(double); i++) x[i] = ::exp2(x[i]);
+    return x;
+  } else {
+    using Bits = Lanes<int32_t, sizeof(V) / sizeof(float)>;
+    x = larger(V{} - 127.0f, x);
+#if COVER_BYTES == 64
+    // 2^(n / 32) from a table, which is looked up where no multiply-add is done, and a short polynomial
+    const float shift = 0x1.8p18f;  // adding it leaves n = round(32 x) in the low bits
+    const V shifted = x + shift, r = x - (shifted - shift);
+    const V p = (r * 0x1.ebfbdep-3f + 0x1.62e584p-1f) * r + 1.0f;
+    return p * (V)(lookup(kExp2Table, (Bits)shifted) + ((Bits)shifted << 18));
+#else
+    const float shift = 0x1.8p23f;  // adding it leaves round(x) in the low bits
+    const V shifted = x + shift, r = x - (shifted - shift);
+    V p = V{} + 0x1.5bba14p-10f;
+    p = p * r + 0x1.3cea88p-7f;
+    p = p * r + 0x1.c6b752p-5f;
+    p = p * r + 0x1.ebf9bcp-3f;
+    p = p * r + 0x1.62e42ap-1f;
+    p = p * r + 1.0f;
+    return p * (V)(((Bits)shifted + 127) << 23);
+#endif
+  }
+}
+
+// log2(x) for x >= 1: exponent and a polynomial of the mantissa (within 1e-04), then a step of Newton's on 2^y = x.
 inline Vec<float> log2(Vec<float> x) {
-  typedef int32_t Bits __attribute__((vector_size(COVER_BYTES)));
-  Vec<float> y = __builtin_convertvector((Bits)x - (127 << 23), Vec<float>) * 0x1p-23f;
-  for (int i = 0; i < 3; i++) y += (x * exp2(-y) - 1.0f) * 0x1.715476p0f;
+  using Bits = Lanes<int32_t, kLanes<float>>;
+  const Vec<float> exponent = __builtin_convertvector(((Bits)x >> 23) - 127, Vec<float>);
+  const Vec<float> m = (Vec<float>)(((Bits)x & 0x7fffff) | 127 << 23) - 1.0f;
+  Vec<float> y = exponent + m * (0x1.706344p+0f + m * (-0x1.5c21a4p-1f + m * (0x1.4d68fep-2f + m * -0x1.5b3672p-4f)));
+  y += (x * exp2(-y) - 1.0f) * 0x1.715476p0f;
   return x == kInf<float> ? x : y;
 }
 
@@ -163,12 +237,25 @@ inline void with_storage(Dtype dtype, const F& f) {
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// A vector of numbers of any storage type.
+template <class A, class T>
+inline Vec<A> load_converted(const T* p) {
+  if constexpr (std::is_same_v<A, T>) return load(p);
+  A a[kLanes<A>];
+  for (int64_t i = 0; i < kLanes<A>; i++) a[i] = static_cast<A>(p[i]);
+  return load(a);
+}
+
 // dst[0..n) = factor * src[first..first + n)
 template <class A>
 inline void load_row(Dtype dtype, const void* src, int64_t first, int64_t n, A factor, A* dst) {
   with_storage(dtype, [&](auto* type) {
     auto* p = static_cast<const std::remove_pointer_t<decltype(type)>*>(src) + first;
-    for (int64_t i = 0; i < n; i++) dst[i] = factor * static_cast<A>(p[i]);
+    const int64_t last = n - kLanes<A>;
+    for (int64_t x = 0; x < last; x += kLanes<A>) store(dst + x, load_converted<A>(p + x) * factor);
+    // the last vector overlaps the one before
+    if (last >= 0) store(dst + last, load_converted<A>(p + last) * factor);
+    for (int64_t x = 0; x < n && last < 0; x++) dst[x] = factor * static_cast<A>(p[x]);
   });
 }
 

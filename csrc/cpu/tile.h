@@ -8,14 +8,6 @@ namespace COVER_ISA {
 
 constexpr int64_t kBoxBytes = 512 << 10;  // of a box: half of a second-level cache of 1 MB
 
-// W channels of a voxel.
-template <class A, int W>
-struct LanesOf {
-  typedef A type __attribute__((vector_size(W * sizeof(A))));
-};
-template <class A, int W>
-using Lanes = typename LanesOf<A, W>::type;
-
 // Element J.. of a where J & S is 0, else element J - S.. of b; and what that leaves, in the same order.
 template <int S, class V, size_t... J>
 inline void exchange(V& a, V& b, std::index_sequence<J...>) {

@@ -1,14 +1,18 @@
-// VEU on the CPU: lanes are neighbouring voxels along W, and key rows stream past a tile of query rows.
+// VEU on the CPU: lanes are neighbouring voxels along W, and key rows pass a tile of query rows.
 //
 // A tile is `rows` voxel rows by `width` voxels of one (batch, z). Every key row that some query of the tile sees is
-// copied once into a zero-padded buffer with its halo (which also converts the storage type) and used by all query
-// rows within reach. For one (query row, key row) pair the N scores along W stay in registers; the softmax is online
-// in base 2, with scale * log2(e) folded into the queries. Only the sum and the innermost moment are accumulated per
-// key: the outer moments are the row's sum times a constant. Nothing of size N^d exists anywhere.
+// copied once into a zero-padded buffer with its halo (which also converts the storage type), a block of rows at a
+// time, and used by all query rows within reach. At one vector of voxels, two query rows share each load of a key and
+// keep the N scores along W in registers; the softmax is online in base 2, with scale * log2(e) folded into the
+// queries. Only the sum and the innermost moment are accumulated per key: the outer moments are the row's sum times a
+// constant. Nothing of size N^d exists anywhere. docs/performance.md counts what it costs.
 namespace cover {
 namespace COVER_ISA {
 
 constexpr int kChunk = 8;  // scores of a row that are in registers at once; wider windows take several chunks
+constexpr int kRows = COVER_REGISTERS >= 32 ? 2 : 1;  // query rows that share the loads of a key: what registers allow
+constexpr int64_t kTileElements = 32768;              // of a tile's queries: half of a small second-level cache
+constexpr int64_t kNearElements = 4096;  // of passing rows at one vector of voxels: half of a first-level cache
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // The geometry of a VEU call: how it is cut into tiles.
@@ -17,18 +21,20 @@ struct VeuTiles {
   const Veu& a;
   int64_t D, H, W, R[3];  // R: the window's radii
   int64_t rows, width;    // of a tile; width is a multiple of the lanes
-  int64_t halo;           // width of a padded row: width + 2 R[2]
+  int64_t left, halo;     // of a padded row: where the tile's first voxel is, and its width
+  int64_t passing;        // padded rows that are in memory at once
   int64_t ny, nx, n;      // tiles along H, along W, and per (batch or group)
 
   explicit VeuTiles(const Veu& a) : a(a), D(a.S[0]), H(a.S[1]), W(a.S[2]) {
     // a window wider than the image sees no more than one as wide as the image
     for (int i = 0; i < 3; i++) R[i] = min((a.N[i] - 1) / 2, a.S[i] - 1);
     const int64_t lanes = kLanes<A>;
-    // half of a small second-level cache for the tile's queries: 32768 floats
     rows = min<int64_t>(H, 8);
-    while (rows > 1 && a.C * rows * lanes > 32768) rows /= 2;
-    width = max(lanes, min(round_up(W, lanes), 32768 / (a.C * rows) / lanes * lanes));
-    halo = width + 2 * R[2];
+    while (rows > 1 && a.C * rows * lanes > kTileElements) rows /= 2;
+    width = max(lanes, min(round_up(W, lanes), kTileElements / (a.C * rows) / lanes * lanes));
+    left = round_up(R[2], lanes);
+    halo = round_up(left + width + R[2], lanes);
+    passing = max<int64_t>(1, min(min(rows + 2 * R[1], H), kNearElements / (2 * (a.C + 1) * lanes)));
     ny = (H + rows - 1) / rows;
     nx = (W + width - 1) / width;
     n = D * ny * nx;
@@ -54,26 +60,16 @@ inline int64_t at(const VeuTiles<A>& t, int64_t b, int64_t channels, int64_t c, 
   return (((b * channels + c) * t.D + z) * t.H + y) * t.W + x;
 }
 
-// The rows y of a tile whose window reaches row `other`: [first, last).
-template <class A>
-inline int64_t first_row(const VeuTiles<A>& t, const VeuTile<A>& tile, int64_t other) {
-  return max<int64_t>(0, other - t.R[1] - tile.y);
-}
-template <class A>
-inline int64_t last_row(const VeuTiles<A>& t, const VeuTile<A>& tile, int64_t other) {
-  return min(tile.ny, other + t.R[1] - tile.y + 1);
-}
-
 // Queries (or keys) of a tile's rows in group j: dst [rows, C, width], zero beyond the image.
 template <class A>
 inline void load_tile(const VeuTiles<A>& t, const VeuTile<A>& tile, const void* src, int64_t b, int64_t j, A factor,
                       A* dst) {
   const Veu& a = t.a;
-  fill(dst, t.rows * a.C * t.width, A(0));
   for (int64_t y = 0; y < tile.ny; y++)
-    for (int64_t c = 0; c < a.C; c++)
-      load_row(a.dtype, src, at(t, b, a.J * a.C, j * a.C + c, tile.z, tile.y + y, tile.x), tile.nx, factor,
-               dst + (y * a.C + c) * t.width);
+    for (int64_t c = 0; c < a.C; c++, dst += t.width) {
+      load_row(a.dtype, src, at(t, b, a.J * a.C, j * a.C + c, tile.z, tile.y + y, tile.x), tile.nx, factor, dst);
+      fill(dst + tile.nx, t.width - tile.nx, A(0));
+    }
 }
 
 // The part of a padded row that lies inside the image: dst[begin..end) holds voxels x0..
@@ -82,41 +78,43 @@ struct Inside {
 };
 template <class A>
 inline Inside inside_row(const VeuTiles<A>& t, const VeuTile<A>& tile) {
-  const int64_t first = tile.x - t.R[2];
-  const int64_t begin = max<int64_t>(0, -first), end = max(begin, min(t.halo, t.W - first));
-  return {begin, end, first + begin};
+  const int64_t x0 = max<int64_t>(0, tile.x - t.R[2]), x1 = min(t.W, tile.x + t.width + t.R[2]);
+  return {t.left + x0 - tile.x, t.left + x1 - tile.x, x0};
+}
+
+// Fills a padded row outside the image.
+template <class A>
+inline void fill_outside(const VeuTiles<A>& t, const Inside& in, A value, A* dst) {
+  fill(dst, in.begin, value);
+  fill(dst + in.end, t.halo - in.end, value);
 }
 
 // One row of an acc tensor [.., *S] with its halo, `outside` beyond the image.
 template <class A>
-inline void load_halo(const VeuTiles<A>& t, const VeuTile<A>& tile, const void* src, int64_t row, A outside, A* dst) {
-  const Inside in = inside_row(t, tile);
-  fill(dst, t.halo, outside);
+inline void load_halo(const VeuTiles<A>& t, const Inside& in, const void* src, int64_t row, A outside, A* dst) {
+  fill_outside(t, in, outside, dst);
   std::memcpy(dst + in.begin, static_cast<const A*>(src) + row + in.x0, (in.end - in.begin) * sizeof(A));
 }
 
 // Feature row (z, y) of group j with its halo: dst [C, halo], zero beyond the image.
 template <class A>
-inline void load_features(const VeuTiles<A>& t, const VeuTile<A>& tile, const void* src, int64_t b, int64_t j,
-                          int64_t z, int64_t y, A factor, A* dst) {
+inline void load_features(const VeuTiles<A>& t, const Inside& in, const void* src, int64_t b, int64_t j, int64_t z,
+                          int64_t y, A factor, A* dst) {
   const Veu& a = t.a;
-  const Inside in = inside_row(t, tile);
-  for (int64_t c = 0; c < a.C; c++) {
-    fill(dst + c * t.halo, t.halo, A(0));
-    load_row(a.dtype, src, at(t, b, a.J * a.C, j * a.C + c, z, y, in.x0), in.end - in.begin, factor,
-             dst + c * t.halo + in.begin);
+  for (int64_t c = 0; c < a.C; c++, dst += t.halo) {
+    fill_outside(t, in, A(0), dst);
+    load_row(a.dtype, src, at(t, b, a.J * a.C, j * a.C + c, z, y, in.x0), in.end - in.begin, factor, dst + in.begin);
   }
 }
 
-// Key row with its halo: features [C, halo], and bias [halo]: 0 where a key takes part, -inf elsewhere. Keys that do
+// Key row with its halo: features [C, halo], then bias [halo]: 0 where a key takes part, -inf elsewhere. Keys that do
 // not take part are zero, so that nothing they hold (a NaN, say) reaches the sums.
 template <class A>
-inline void load_keys(const VeuTiles<A>& t, const VeuTile<A>& tile, int64_t b, int64_t j, int64_t z, int64_t y, A* keys,
-                      A* bias) {
+inline void load_keys(const VeuTiles<A>& t, const Inside& in, int64_t b, int64_t j, int64_t z, int64_t y, A* keys) {
   const Veu& a = t.a;
-  const Inside in = inside_row(t, tile);
-  load_features(t, tile, a.k, b, j, z, y, A(1), keys);
-  fill(bias, t.halo, -kInf<A>);
+  load_features(t, in, a.k, b, j, z, y, A(1), keys);
+  A* bias = keys + a.C * t.halo;
+  fill_outside(t, in, -kInf<A>, bias);
   fill(bias + in.begin, in.end - in.begin, A(0));
   if (!a.mask) return;
   const bool* mask = a.mask + at(t, b, 1, 0, z, y, in.x0);
@@ -127,91 +125,154 @@ inline void load_keys(const VeuTiles<A>& t, const VeuTile<A>& tile, int64_t b, i
   }
 }
 
-// Dot products of R query rows with G neighbouring keys: s[r][g] += sum_c q[r][c] * k[c][. + g]
-template <class A, int R, int G>
-inline void dot(int64_t C, const A* const* q, int64_t q_stride, const A* k, int64_t k_stride, Vec<A> (&s)[R][G]) {
+// Dot products of R rows of a tile with G neighbours of a passing row: s[r][g] += sum_c q[r][c] * k[c][. + g]
+template <int R, int G, class V, class A>
+COVER_INLINE void dot(int64_t C, const A* q, int64_t q_row, int64_t q_stride, const A* k, int64_t k_stride, V (*s)[G]) {
   for (int64_t c = 0; c < C; c++) {
-    Vec<A> query[R];
-    for (int r = 0; r < R; r++) query[r] = load(q[r] + c * q_stride);
-    for (int g = 0; g < G; g++) {
-      const Vec<A> key = load(k + c * k_stride + g);
-      for (int r = 0; r < R; r++) s[r][g] += query[r] * key;
-    }
+    V query[R];
+    unroll<R>([&](auto r) COVER_INLINE_LAMBDA { query[r] = load_once<V>(q + r * q_row + c * q_stride); });
+    unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
+      const V key = load_once<V>(k + c * k_stride + g);
+      unroll<R>([&](auto r) COVER_INLINE_LAMBDA { s[r][g] += query[r] * key; });
+    });
   }
 }
 
-// Calls f with the number of scores of a chunk as a compile-time constant.
-template <class F>
-inline void with_chunk(int64_t n, const F& f) {
-  switch (n) {
-    case 1: return f(std::integral_constant<int, 1>());
-    case 2: return f(std::integral_constant<int, 2>());
-    case 3: return f(std::integral_constant<int, 3>());
-    case 4: return f(std::integral_constant<int, 4>());
-    case 5: return f(std::integral_constant<int, 5>());
-    case 6: return f(std::integral_constant<int, 6>());
-    case 7: return f(std::integral_constant<int, 7>());
-    default: return f(std::integral_constant<int, kChunk>());
-  }
-}
-
-// Calls f(first offset index, chunk size constant) for the chunks of a row of n offsets.
+// Calls f(first offset, their number as a constant) for the chunks of a row of n offsets, n odd.
 template <class F>
 inline void for_chunks(int64_t n, const F& f) {
-  for (int64_t o = 0; o < n; o += kChunk) with_chunk(n - o, [&](auto G) { f(o, G); });
+  int64_t o = 0;
+  for (; n - o >= kChunk; o += kChunk) f(o, std::integral_constant<int, kChunk>());
+  switch (n - o) {
+    case 1: return f(o, std::integral_constant<int, 1>());
+    case 3: return f(o, std::integral_constant<int, 3>());
+    case 5: return f(o, std::integral_constant<int, 5>());
+    case 7: return f(o, std::integral_constant<int, 7>());
+  }
 }
 
-// Online softmax of one tile row: maximum, sum and moments along the three axes, each [width].
+// Calls f(x, a vector to tell its type) for the vectors of a row of n voxels. Where half a vector is enough for the
+// last of them it is one: processors that work on 64 bytes in two turns save one.
+template <class A, class F>
+inline void for_vectors(int64_t n, const F& f) {
+  constexpr int64_t lanes = kLanes<A>, last = COVER_BYTES == 64 ? lanes / 2 : lanes;
+  int64_t x = 0;
+  for (; n - x > (last < lanes ? last : 0); x += lanes) f(x, Vec<A>());
+  if (n > x) f(x, Lanes<A, last>());
+}
+
+// Calls f(z, y, n) for blocks of n rows (z, y..) that pass a tile: all that its windows see.
+template <class A, class F>
+inline void for_passing_rows(const VeuTiles<A>& t, const VeuTile<A>& tile, const F& f) {
+  const int64_t y0 = max<int64_t>(0, tile.y - t.R[1]), y1 = min(t.H, tile.y + tile.ny + t.R[1]);
+  for (int64_t z = max<int64_t>(0, tile.z - t.R[0]); z <= min(t.D - 1, tile.z + t.R[0]); z++)
+    for (int64_t y = y0; y < y1; y += t.passing) f(z, y, min(t.passing, y1 - y));
+}
+
+// Rows first..last - 1 of a block that passes a tile.
+struct Reach {
+  int64_t first, last;
+};
+
+// For each kRows neighbouring rows of a tile, calls f(the first of them, what each sees of the block of n rows y..,
+// how far it is from the block's first row).
+template <class A, class F>
+inline void for_row_pairs(const VeuTiles<A>& t, const VeuTile<A>& tile, int64_t y, int64_t n, const F& f) {
+  for (int64_t row = 0; row < tile.ny; row += kRows) {
+    Reach seen[kRows];
+    int64_t oy[kRows];
+    for (int r = 0; r < kRows; r++) {
+      oy[r] = y - (tile.y + row + r);
+      seen[r] = {min(n, max<int64_t>(0, -t.R[1] - oy[r])), max<int64_t>(0, min(n, t.R[1] + 1 - oy[r]))};
+      if (row + r >= tile.ny) seen[r] = {n, n};
+    }
+    f(row, seen, oy);
+  }
+}
+
+// Calls f(how many rows of the pair, the first of them, passing row), numbers of rows as constants, for each passing
+// row that one or both of two neighbouring rows see.
+template <class F>
+COVER_INLINE void for_passing(const Reach (&seen)[kRows], const F& f) {
+  using One = std::integral_constant<int, 1>;
+  using Zero = std::integral_constant<int, 0>;
+  if constexpr (kRows == 1) {
+    for (int64_t i = seen[0].first; i < seen[0].last; i++) f(One(), Zero(), i);
+  } else {
+    for (int64_t i = seen[0].first; i < min(seen[0].last, seen[1].first); i++) f(One(), Zero(), i);
+    for (int64_t i = seen[1].first; i < seen[0].last; i++) f(std::integral_constant<int, 2>(), Zero(), i);
+    for (int64_t i = max(seen[0].last, seen[1].first); i < seen[1].last; i++) f(One(), One(), i);
+  }
+}
+
+// Online softmax of a tile's rows: maximum, sum and moments along the three axes, each [rows, width].
 template <class A>
 struct Softmax {
   A *max, *sum, *moment[3];
 };
 
-// One key row against R query rows, q[r] [C, width], at offsets oy[r] along H and oz along D.
-template <class A, int R>
-inline void forward_rows(const VeuTiles<A>& t, const A* const* q, const A* keys, const A* bias, int64_t oz,
-                         const int64_t* oy, const Softmax<A>* state) {
-  for (int64_t x = 0; x < t.width; x += kLanes<A>) {
-    for_chunks(2 * t.R[2] + 1, [&](int64_t o, auto G) {
-      Vec<A> s[R][G];
-      for (int r = 0; r < R; r++)
-        for (int g = 0; g < G; g++) s[r][g] = load(bias + x + o + g);
-      const A* query[R];
-      for (int r = 0; r < R; r++) query[r] = q[r] + x;
-      dot<A, R, G>(t.a.C, query, t.width, keys + x + o, t.halo, s);
-      for (int r = 0; r < R; r++) {
-        const Softmax<A>& m = state[r];
-        const Vec<A> before = load(m.max + x);
-        Vec<A> top = before;
-        for (int g = 0; g < G; g++) top = s[r][g] > top ? s[r][g] : top;
-        Vec<A> sum{}, moment{};
-        for (int g = 0; g < G; g++) {
-          const Vec<A> w = exp2(s[r][g] - top);
-          sum += w;
-          moment += w * static_cast<A>(o + g - t.R[2]);
-        }
-        const Vec<A> decay = exp2(before - top);
-        store(m.max + x, top);
-        store(m.sum + x, load(m.sum + x) * decay + sum);
-        store(m.moment[2] + x, load(m.moment[2] + x) * decay + moment);
-        store(m.moment[1] + x, load(m.moment[1] + x) * decay + sum * static_cast<A>(oy[r]));
-        if (t.D > 1) store(m.moment[0] + x, load(m.moment[0] + x) * decay + sum * static_cast<A>(oz));
-      }
+// The key rows of a plane, at oz, against kRows query rows, oy[r] + i away from key row i: G offsets, of which the
+// middle one is `middle`. q, keys and state point at the vector of voxels and the first offset.
+template <int G, class V, class A>
+__attribute__((noinline)) void forward_plane(const VeuTiles<A>& t, const A* q, const A* keys,
+                                             const Reach (&seen)[kRows], A oz, const int64_t (&oy)[kRows], A middle,
+                                             const Softmax<A>& state) {
+  const int64_t C = t.a.C;
+  V top[kRows], sum[kRows], along_y[kRows], along_x[kRows];
+  unroll<kRows>([&](auto r) COVER_INLINE_LAMBDA {
+    top[r] = load_as<V>(state.max + r * t.width);
+    sum[r] = along_y[r] = along_x[r] = V{};
+  });
+  for_passing(seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
+    const A* row = keys + i * (C + 1) * t.halo;
+    V s[rows][G];
+    unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
+      const V bias = load_as<V>(row + C * t.halo + g);
+      unroll<rows>([&](auto j) COVER_INLINE_LAMBDA { s[j][g] = bias; });
     });
-  }
+    dot<rows, G>(C, q + first * C * t.width, C * t.width, t.width, row, t.halo, s);
+    unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
+      const int r = first + j;
+      V now = top[r];
+      unroll<G>([&](auto g) COVER_INLINE_LAMBDA { now = larger(s[j][g], now); });
+      const V decay = exp2(top[r] - now);
+      top[r] = now;
+      unroll<G>([&](auto g) COVER_INLINE_LAMBDA { s[j][g] = exp2(s[j][g] - now); });
+      // opposite offsets together: the moment about the middle takes one multiplication for two of them
+      V total{}, moment{};
+      if (G % 2) total = s[j][G / 2];
+      unroll<G / 2>([&](auto g) COVER_INLINE_LAMBDA {
+        total += s[j][g] + s[j][G - 1 - g];
+        moment += (s[j][G - 1 - g] - s[j][g]) * static_cast<A>((G - 1) / 2.0 - g);
+      });
+      sum[r] = sum[r] * decay + total;
+      along_x[r] = along_x[r] * decay + moment;
+      along_y[r] = along_y[r] * decay + total * static_cast<A>(oy[r] + i);
+    });
+  });
+  unroll<kRows>([&](auto r) COVER_INLINE_LAMBDA {
+    if (seen[r].first >= seen[r].last) return;
+    const int64_t at = r * t.width;
+    const V decay = exp2(load_as<V>(state.max + at) - top[r]);
+    const auto add = [&](A* to, V value) { store(to + at, load_as<V>(to + at) * decay + value); };
+    store(state.max + at, top[r]);
+    add(state.sum, sum[r]);
+    add(state.moment[2], along_x[r] + sum[r] * middle);
+    add(state.moment[1], along_y[r]);
+    add(state.moment[0], sum[r] * oz);
+  });
 }
 
 template <class A>
 struct ForwardBuffers {
-  A *q, *keys, *bias, *state, *out;
+  A *q, *keys, *state, *out;
 
   static int64_t size(const VeuTiles<A>& t) {
-    return t.rows * t.a.C * t.width + (t.a.C + 1) * t.halo + 8 * t.rows * t.width;
+    return t.rows * t.a.C * t.width + t.passing * (t.a.C + 1) * t.halo + 8 * t.rows * t.width;
   }
   ForwardBuffers(const VeuTiles<A>& t, Scratch<A>& scratch)
       : q(scratch.take(t.rows * t.a.C * t.width)),
-        keys(scratch.take(t.a.C * t.halo)),
-        bias(scratch.take(t.halo)),
+        keys(scratch.take(t.passing * (t.a.C + 1) * t.halo)),
         state(scratch.take(5 * t.rows * t.width)),
         out(scratch.take(3 * t.rows * t.width)) {}
 };
@@ -221,42 +282,31 @@ template <class A>
 inline void forward_tile(const VeuTiles<A>& t, int64_t b, const VeuTile<A>& tile, const ForwardBuffers<A>& s) {
   const Veu& a = t.a;
   const int64_t plane = t.rows * t.width;
+  const Inside in = inside_row(t, tile);
   fill(s.out, 3 * plane, A(0));
   for (int64_t j = 0; j < a.J; j++) {
     load_tile(t, tile, a.q, b, j, static_cast<A>(a.scale * kLog2e), s.q);
     // finite, so that -inf - max is never NaN
     fill(s.state, plane, std::numeric_limits<A>::lowest() / 2);
     fill(s.state + plane, 4 * plane, A(0));
-    const auto row_state = [&](int64_t y) {
-      A* p = s.state + y * t.width;
+    const auto state_at = [&](int64_t i) {
+      A* p = s.state + i;
       return Softmax<A>{p, p + plane, {p + 2 * plane, p + 3 * plane, p + 4 * plane}};
     };
-    for (int64_t z = max<int64_t>(0, tile.z - t.R[0]); z <= min(t.D - 1, tile.z + t.R[0]); z++) {
-      const int64_t last = min(t.H - 1, tile.y + tile.ny - 1 + t.R[1]);
-      for (int64_t y = max<int64_t>(0, tile.y - t.R[1]); y <= last; y++) {
-        load_keys(t, tile, b, j, z, y, s.keys, s.bias);
-        int64_t row = first_row(t, tile, y);
-        const int64_t end = last_row(t, tile, y);
-        const auto rows = [&](auto R) {
-          const A* q[R];
-          int64_t oy[R];
-          Softmax<A> state[R];
-          for (int r = 0; r < R; r++) {
-            q[r] = s.q + (row + r) * a.C * t.width;
-            oy[r] = y - tile.y - row - r;
-            state[r] = row_state(row + r);
-          }
-          forward_rows<A, R>(t, q, s.keys, s.bias, z - tile.z, oy, state);
-          row += R;
-        };
-        // two query rows share each load of a key where there are registers for both
-        if (COVER_REGISTERS >= 32)
-          while (row + 1 < end) rows(std::integral_constant<int, 2>());
-        while (row < end) rows(std::integral_constant<int, 1>());
-      }
-    }
+    for_passing_rows(t, tile, [&](int64_t z, int64_t y, int64_t n) {
+      for (int64_t i = 0; i < n; i++) load_keys(t, in, b, j, z, y + i, s.keys + i * (a.C + 1) * t.halo);
+      for_vectors<A>(tile.nx, [&](int64_t x, auto vector) {
+        for_row_pairs(t, tile, y, n, [&](int64_t row, const Reach(&seen)[kRows], const int64_t(&oy)[kRows]) {
+          for_chunks(2 * t.R[2] + 1, [&](int64_t o, auto G) {
+            forward_plane<G, decltype(vector)>(t, s.q + row * a.C * t.width + x, s.keys + t.left - t.R[2] + x + o, seen,
+                                               static_cast<A>(z - tile.z), oy,
+                                               static_cast<A>(o - t.R[2] + (G - 1) / 2.0), state_at(row * t.width + x));
+          });
+        });
+      });
+    });
     for (int64_t y = 0; y < tile.ny; y++) {
-      const Softmax<A> m = row_state(y);
+      const Softmax<A> m = state_at(y * t.width);
       for (int64_t x = 0; x < t.width; x += kLanes<A>) {
         const Vec<A> sum = load(m.sum + x);
         // 1 where there is no key: the moments are 0 there

@@ -13,24 +13,22 @@ constexpr int64_t kRingElements = 1 << 20;  // of the excess, unless one window-
 
 template <class A>
 struct BackwardBuffers {
-  A *center, *rows, *bias, *sum, *weighted, *grad[3], *inner, *lse, *excess, *base;
+  A *center, *passing, *sum, *weighted, *grad[3], *inner, *lse, *excess;
 
   static int64_t size(const VeuTiles<A>& t) {
-    return 3 * t.rows * t.a.C * t.width + (t.a.C + 2) * t.halo + 6 * max(t.rows * t.width, t.halo);
+    return 3 * t.rows * t.a.C * t.width + t.passing * (t.a.C + 4) * t.halo + 6 * max(t.rows * t.width, t.halo);
   }
   BackwardBuffers(const VeuTiles<A>& t, Scratch<A>& scratch)
-      : center(scratch.take(t.rows * t.a.C * t.width)),    // queries or keys of the tile
-        rows(scratch.take(t.a.C * t.halo)),                // keys or queries of a passing row
-        bias(scratch.take(t.halo)),                        // of a passing key row
-        sum(scratch.take(t.rows * t.a.C * t.width)),       // sum t k, or the sum of grad_k
-        weighted(scratch.take(t.rows * t.a.C * t.width)),  // sum w k
+      : center(scratch.take(t.rows * t.a.C * t.width)),           // queries or keys of the tile
+        passing(scratch.take(t.passing * (t.a.C + 4) * t.halo)),  // keys or queries of passing rows
+        sum(scratch.take(t.rows * t.a.C * t.width)),              // sum t k, or the sum of grad_k
+        weighted(scratch.take(t.rows * t.a.C * t.width)),         // sum w k
         // g, <g, v>, log-sum-exp and excess: of the tile's rows, or of a passing row with its halo
         grad{scratch.take(max(t.rows * t.width, t.halo)), scratch.take(max(t.rows * t.width, t.halo)),
              scratch.take(max(t.rows * t.width, t.halo))},
         inner(scratch.take(max(t.rows * t.width, t.halo))),
         lse(scratch.take(max(t.rows * t.width, t.halo))),
-        excess(scratch.take(max(t.rows * t.width, t.halo))),
-        base(scratch.take(t.halo)) {}
+        excess(scratch.take(max(t.rows * t.width, t.halo))) {}
 };
 
 // Log-sum-exp in base 2, with +inf where there is no key: 2^(s - inf) = 0 for every s.
@@ -49,65 +47,90 @@ inline void load_inner(const VeuTiles<A>& t, A* const* grad, int64_t n, A* v, A*
   }
 }
 
-// One key row against one query row of a tile: adds to sum, weighted [C, width] and excess [width].
-// base [width] is g_z oz + g_y oy - D.
-template <class A>
-inline void query_rows(const VeuTiles<A>& t, const A* q, const A* keys, const A* bias, const A* base, const A* gx,
-                       const A* lse, A* sum, A* weighted, A* excess) {
-  const int64_t C = t.a.C;
-  const bool groups = t.a.J > 1;
-  for (int64_t x = 0; x < t.width; x += kLanes<A>) {
-    for_chunks(2 * t.R[2] + 1, [&](int64_t o, auto G) {
-      Vec<A> s[1][G], w[G];
-      for (int g = 0; g < G; g++) s[0][g] = load(bias + x + o + g);
-      const A* query[1] = {q + x};
-      dot<A, 1, G>(C, query, t.width, keys + x + o, t.halo, s);
-      const Vec<A> top = load(lse + x), b = load(base + x), g_x = load(gx + x);
-      Vec<A> total = load(excess + x);
-      for (int g = 0; g < G; g++) {
-        w[g] = exp2(s[0][g] - top);
-        s[0][g] = w[g] * (b + g_x * static_cast<A>(o + g - t.R[2]));
-        total += s[0][g];
-      }
-      store(excess + x, total);
-      for (int64_t c = 0; c < C; c++) {
-        const A* key = keys + c * t.halo + x + o;
-        Vec<A> to = load(sum + c * t.width + x);
-        for (int g = 0; g < G; g++) to += s[0][g] * load(key + g);
-        store(sum + c * t.width + x, to);
-        if (!groups) continue;
-        Vec<A> plain = load(weighted + c * t.width + x);
-        for (int g = 0; g < G; g++) plain += w[g] * load(key + g);
-        store(weighted + c * t.width + x, plain);
-      }
+// sum[r][c] += sum_g t[r][g] k[c][. + g] for R rows of a tile.
+template <int R, int G, class V, class A>
+COVER_INLINE void add_weighted(int64_t C, const V (*t)[G], const A* k, int64_t k_stride, A* sum, int64_t sum_row,
+                               int64_t sum_stride) {
+  for (int64_t c = 0; c < C; c++) {
+    V to[R];
+    unroll<R>([&](auto r) COVER_INLINE_LAMBDA { to[r] = load_as<V>(sum + r * sum_row + c * sum_stride); });
+    unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
+      const V key = load_once<V>(k + c * k_stride + g);
+      unroll<R>([&](auto r) COVER_INLINE_LAMBDA { to[r] += t[r][g] * key; });
     });
+    unroll<R>([&](auto r) COVER_INLINE_LAMBDA { store(sum + r * sum_row + c * sum_stride, to[r]); });
   }
 }
 
-// One query row with its halo against one key row of a tile: adds to sum [C, width].
-// base [halo] is g_z oz + g_y oy - delta_j. The query at lane x + i lies at offset R - i from the key.
-template <class A>
-inline void key_rows(const VeuTiles<A>& t, const A* k, const A* queries, const A* base, const A* gx, const A* lse,
-                     A* sum) {
-  const int64_t C = t.a.C;
-  for (int64_t x = 0; x < t.width; x += kLanes<A>) {
-    for_chunks(2 * t.R[2] + 1, [&](int64_t i, auto G) {
-      Vec<A> s[1][G] = {};
-      const A* key[1] = {k + x};
-      dot<A, 1, G>(C, key, t.width, queries + x + i, t.halo, s);
-      for (int g = 0; g < G; g++) {
-        const int64_t at = x + i + g;
-        const Vec<A> offset = load(base + at) + load(gx + at) * static_cast<A>(t.R[2] - i - g);
-        s[0][g] = exp2(s[0][g] - load(lse + at)) * offset;
-      }
-      for (int64_t c = 0; c < C; c++) {
-        const A* query = queries + c * t.halo + x + i;
-        Vec<A> to = load(sum + c * t.width + x);
-        for (int g = 0; g < G; g++) to += s[0][g] * load(query + g);
-        store(sum + c * t.width + x, to);
-      }
+// The key rows of a plane, at oz, against kRows query rows, oy[r] + i away from key row i: adds to sum, weighted
+// [C, width] and excess [width] for G offsets, the first of which is ox. Pointers are at the vector of voxels and the
+// first offset.
+template <int G, bool kGroups, class V, class A>
+__attribute__((noinline)) void query_plane(const VeuTiles<A>& t, const BackwardBuffers<A>& s, int64_t row, int64_t x,
+                                           const A* keys, const Reach (&seen)[kRows], A oz, const int64_t (&oy)[kRows],
+                                           A ox) {
+  const int64_t C = t.a.C, row_size = C * t.width, at = row * t.width + x, first_row = row * row_size + x;
+  V base[kRows], grad_y[kRows], grad_x[kRows], lse[kRows], excess[kRows];
+  unroll<kRows>([&](auto r) COVER_INLINE_LAMBDA {
+    const int64_t i = at + r * t.width;
+    grad_y[r] = load_as<V>(s.grad[1] + i);
+    grad_x[r] = load_as<V>(s.grad[2] + i);
+    base[r] = load_as<V>(s.grad[0] + i) * oz - load_as<V>(s.inner + i) + grad_x[r] * ox;
+    lse[r] = load_as<V>(s.lse + i);
+    excess[r] = V{};
+  });
+  for_passing(seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
+    const A* key = keys + i * (C + 1) * t.halo;
+    V w[rows][G], to[rows][G];
+    unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
+      const V bias = load_as<V>(key + C * t.halo + g);
+      unroll<rows>([&](auto j) COVER_INLINE_LAMBDA { w[j][g] = bias; });
     });
-  }
+    dot<rows, G>(C, s.center + first_row + first * row_size, row_size, t.width, key, t.halo, w);
+    unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
+      const int r = first + j;
+      V offset = base[r] + grad_y[r] * static_cast<A>(oy[r] + i);
+      unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
+        w[j][g] = exp2(w[j][g] - lse[r]);
+        to[j][g] = w[j][g] * offset;
+        offset += grad_x[r];
+        if (kGroups) excess[r] += to[j][g];
+      });
+    });
+    add_weighted<rows, G>(C, to, key, t.halo, s.sum + first_row + first * row_size, row_size, t.width);
+    if (kGroups) add_weighted<rows, G>(C, w, key, t.halo, s.weighted + first_row + first * row_size, row_size, t.width);
+  });
+  unroll<kGroups ? kRows : 0>([&](auto r) COVER_INLINE_LAMBDA {
+    if (seen[r].first >= seen[r].last) return;
+    A* p = s.excess + at + r * t.width;
+    store(p, load_as<V>(p) + excess[r]);
+  });
+}
+
+// The query rows of a plane against kRows key rows, -oy[r] - i away from query row i: adds to sum [C, width] for G
+// queries, the first of which is ox away from the key. A query row is [C + 4, halo]: its features, g_z oz - delta_j,
+// g_y, g_x and its log-sum-exp.
+template <int G, class V, class A>
+__attribute__((noinline)) void key_plane(const VeuTiles<A>& t, const BackwardBuffers<A>& s, int64_t row, int64_t x,
+                                         const A* queries, const Reach (&seen)[kRows], const int64_t (&oy)[kRows],
+                                         A ox) {
+  const int64_t C = t.a.C, row_size = C * t.width, first_row = row * row_size + x;
+  for_passing(seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
+    const A* query = queries + i * (C + 4) * t.halo;
+    const A *base = query + C * t.halo, *grad_y = base + t.halo, *grad_x = grad_y + t.halo, *lse = grad_x + t.halo;
+    const A y = static_cast<A>(-oy[first] - i);
+    V w[rows][G] = {};
+    dot<rows, G>(C, s.center + first_row + first * row_size, row_size, t.width, query, t.halo, w);
+    unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
+      const V slope = load_once<V>(grad_y + g), top = load_once<V>(lse + g);
+      V offset = load_as<V>(base + g) + load_as<V>(grad_x + g) * (ox - static_cast<A>(g)) + slope * y;
+      unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
+        w[j][g] = exp2(w[j][g] - top) * offset;
+        offset += slope;  // the next key row
+      });
+    });
+    add_weighted<rows, G>(C, w, query, t.halo, s.sum + first_row + first * row_size, row_size, t.width);
+  });
 }
 
 // grad_q of one tile in group j; leaves the excess of its queries in `ring` [rows, width].
@@ -131,19 +154,24 @@ inline void grad_queries(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTi
   fill(s.excess, plane, A(0));
   fill(s.sum, t.rows * a.C * t.width, A(0));
   fill(s.weighted, t.rows * a.C * t.width, A(0));
-  for (int64_t z = max<int64_t>(0, tile.z - t.R[0]); z <= min(t.D - 1, tile.z + t.R[0]); z++) {
-    const int64_t last = min(t.H - 1, tile.y + tile.ny - 1 + t.R[1]);
-    for (int64_t y = max<int64_t>(0, tile.y - t.R[1]); y <= last; y++) {
-      load_keys(t, tile, b, j, z, y, s.rows, s.bias);
-      for (int64_t row = first_row(t, tile, y); row < last_row(t, tile, y); row++) {
-        const int64_t at_row = row * t.width, oz = z - tile.z, oy = y - tile.y - row;
-        for (int64_t x = 0; x < t.width; x++)
-          s.base[x] = s.grad[0][at_row + x] * oz + s.grad[1][at_row + x] * oy - s.inner[at_row + x];
-        query_rows(t, s.center + at_row * a.C, s.rows, s.bias, s.base, s.grad[2] + at_row, s.lse + at_row,
-                   s.sum + at_row * a.C, s.weighted + at_row * a.C, s.excess + at_row);
-      }
-    }
-  }
+  const Inside in = inside_row(t, tile);
+  for_passing_rows(t, tile, [&](int64_t z, int64_t y, int64_t n) {
+    for (int64_t i = 0; i < n; i++) load_keys(t, in, b, j, z, y + i, s.passing + i * (a.C + 1) * t.halo);
+    for_vectors<A>(tile.nx, [&](int64_t x, auto vector) {
+      for_row_pairs(t, tile, y, n, [&](int64_t row, const Reach(&seen)[kRows], const int64_t(&oy)[kRows]) {
+        for_chunks(2 * t.R[2] + 1, [&](int64_t o, auto G) {
+          const auto plane = [&](auto groups) {
+            query_plane<G, groups, decltype(vector)>(t, s, row, x, s.passing + t.left - t.R[2] + x + o, seen,
+                                                     static_cast<A>(z - tile.z), oy, static_cast<A>(o - t.R[2]));
+          };
+          if (a.J > 1)
+            plane(std::true_type());
+          else
+            plane(std::false_type());
+        });
+      });
+    });
+  });
   for (int64_t y = 0; y < tile.ny; y++)
     for (int64_t c = 0; c < a.C; c++) {
       A* sum = s.sum + (y * a.C + c) * t.width;
@@ -164,28 +192,34 @@ inline void grad_keys(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<
   load_tile(t, tile, a.k, b, j, A(1), s.center);
   fill(s.sum, t.rows * a.C * t.width, A(0));
   const Inside in = inside_row(t, tile);
-  for (int64_t z = max<int64_t>(0, tile.z - t.R[0]); z <= min(t.D - 1, tile.z + t.R[0]); z++) {
-    const int64_t last = min(t.H - 1, tile.y + tile.ny - 1 + t.R[1]);
-    for (int64_t y = max<int64_t>(0, tile.y - t.R[1]); y <= last; y++) {
-      load_features(t, tile, a.q, b, j, z, y, static_cast<A>(a.scale * kLog2e), s.rows);
+  for_passing_rows(t, tile, [&](int64_t z, int64_t y, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+      A* query = s.passing + i * (a.C + 4) * t.halo;
+      A *base = query + a.C * t.halo, *lse = base + 3 * t.halo;
+      load_features(t, in, a.q, b, j, z, y + i, static_cast<A>(a.scale * kLog2e), query);
+      A* const grad[3] = {s.grad[0], base + t.halo, base + 2 * t.halo};
       fill(s.grad[0], t.halo, A(0));
-      for (int64_t i = 0; i < a.d; i++)
-        load_halo(t, tile, a.grad_v, at(t, b, a.d, i, z, y, 0), A(0), s.grad[3 - a.d + i]);
-      load_inner(t, s.grad, t.halo, s.base, s.inner,
-                 [&](int64_t i, A* v) { load_halo(t, tile, a.v, at(t, b, a.d, i, z, y, 0), A(0), v); });
-      load_halo(t, tile, a.lse, at(t, b, a.J, j, z, y, 0), -kInf<A>, s.lse);
-      lse_to_base2(s.lse, t.halo);
+      for (int64_t axis = 0; axis < a.d; axis++)
+        load_halo(t, in, a.grad_v, at(t, b, a.d, axis, z, y + i, 0), A(0), grad[3 - a.d + axis]);
+      load_inner(t, grad, t.halo, base, s.inner,
+                 [&](int64_t axis, A* v) { load_halo(t, in, a.v, at(t, b, a.d, axis, z, y + i, 0), A(0), v); });
+      load_halo(t, in, a.lse, at(t, b, a.J, j, z, y + i, 0), -kInf<A>, lse);
+      lse_to_base2(lse, t.halo);
       if (a.J > 1) {
-        excess(z, y, in.x0, in.end - in.begin, s.excess);
+        excess(z, y + i, in.x0, in.end - in.begin, s.excess);
         for (int64_t x = in.begin; x < in.end; x++) s.inner[x] += s.excess[x - in.begin];
       }
-      for (int64_t row = first_row(t, tile, y); row < last_row(t, tile, y); row++) {
-        const int64_t oz = tile.z - z, oy = tile.y + row - y;
-        for (int64_t x = 0; x < t.halo; x++) s.base[x] = s.grad[0][x] * oz + s.grad[1][x] * oy - s.inner[x];
-        key_rows(t, s.center + row * a.C * t.width, s.rows, s.base, s.grad[2], s.lse, s.sum + row * a.C * t.width);
-      }
+      for (int64_t x = 0; x < t.halo; x++) base[x] = s.grad[0][x] * (tile.z - z) - s.inner[x];
     }
-  }
+    for_vectors<A>(tile.nx, [&](int64_t x, auto vector) {
+      for_row_pairs(t, tile, y, n, [&](int64_t row, const Reach(&seen)[kRows], const int64_t(&oy)[kRows]) {
+        for_chunks(2 * t.R[2] + 1, [&](int64_t o, auto G) {
+          key_plane<G, decltype(vector)>(t, s, row, x, s.passing + t.left - t.R[2] + x + o, seen, oy,
+                                         static_cast<A>(t.R[2] - o));
+        });
+      });
+    });
+  });
   for (int64_t y = 0; y < tile.ny; y++) {
     const bool* mask = a.mask ? a.mask + at(t, b, 1, 0, tile.z, tile.y + y, tile.x) : nullptr;
     for (int64_t c = 0; c < a.C; c++) {
