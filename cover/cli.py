@@ -152,5 +152,7 @@ def presets_command(options: argparse.Namespace) -> int:
         return 0
     with user_errors():
         settings = config.replace(preset_config(options.preset), **options.settings)
-    print("\n".join(f"{name}={config.as_text(value)}" for name, value in config.flatten(settings).items()))
+    lines = {name: f"{name}={config.as_text(value)}" for name, value in config.flatten(settings).items()}
+    width = max(map(len, lines.values()))
+    print("\n".join(f"{line:<{width}}  # {config.meanings()[name]}" for name, line in lines.items()))
     return 0

@@ -1,15 +1,18 @@
 """Every setting of a run, as frozen dataclasses: the one place where defaults live.
 
 Field names are unique over all sections, so that a setting is given by its bare name: `cover pretrain ... lr=1e-3`
-and `cover.pretrain(..., lr=1e-3)`. A section checks its values when it is made.
+and `cover.pretrain(..., lr=1e-3)`. A section checks its values when it is made. The comment behind a setting is what
+`cover presets` prints beside it.
 """
 
 import ast
 import dataclasses
 import difflib
 import math
+import re
 import types
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 
@@ -48,8 +51,8 @@ class DataConfig:
     volumes: str | int = "all"  # which volumes of a 4D image: "all", an index, or "channels": one image of them all
     max_voxels: int = 2**28  # a file that claims more is not read
     normalise: str = "percentile"  # "percentile" (clip, then z-score), "zscore" or "hounsfield"
-    percentiles: tuple[float, float] = (0.5, 99.5)
-    hounsfield: tuple[float, float] = (-1000.0, 1000.0)
+    percentiles: tuple[float, float] = (0.5, 99.5)  # of each image, clipped to; normalise=percentile only
+    hounsfield: tuple[float, float] = (-1000.0, 1000.0)  # window, low and high; normalise=hounsfield only
     foreground: float = 0.5  # share of crops centred on a foreground voxel
     val_fraction: float = 0.1  # share of the images held out when no manifest says which
     on_error: str = "skip"  # unreadable images: "skip" or "fail"
@@ -197,18 +200,18 @@ class ModelConfig:
 class TrainConfig:
     """Optimisation, validation, logging and saving."""
 
-    steps: int = 1000
-    batch: int = 4
+    steps: int = 1000  # of the optimiser
+    batch: int = 4  # images per step
     optimiser: str = "adamw"  # "adamw", "adam" (weight decay inside the gradient) or "sgd"
     lr: float = 1e-3  # largest learning rate
     momentum: float = 0.9  # sgd only
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  # how strongly weights are drawn to zero
     schedule: str = "onecycle"  # "onecycle" (linear warm-up, then cosine to zero) or "constant"
     warmup: float = 0.1  # share of the steps; onecycle only
     clip: float = 1.0  # largest gradient norm; 0: no clipping
     vector_weight: float = 1.0  # factor of L_vec
     consistency_weight: float = 1.0  # factor of L_con
-    seed: int = 0
+    seed: int = 0  # of weights, order, crops and views
     device: str = "auto"  # "auto": cuda where there is one, else cpu
     tensorboard: bool = False  # also write the metrics for TensorBoard
     log_every: int = 10  # steps between lines in the log; metrics.jsonl has every step
@@ -283,6 +286,11 @@ def replace(config: Config, **settings: Any) -> Config:
 def flatten(config: Config) -> dict[str, Any]:
     """All settings by their bare names; `replace(Config(), **flatten(config))` is `config`."""
     return {name: getattr(getattr(config, section), name) for name, section in _SECTION_OF.items()}
+
+
+def meanings() -> dict[str, str]:
+    """What each setting means: the comment behind it in this file."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

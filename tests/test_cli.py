@@ -57,14 +57,15 @@ def test_presets_are_listed_and_shown(capsys):
     assert main(["presets"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(PRESETS)
     assert main(["presets", "paper-2d", "batch=3"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert {"window=7", "lr=0.0001", "batch=3", "spacing=none", "crop=384,384"} <= set(lines)
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert {"window=7", "lr=0.0001", "batch=3", "spacing=none", "crop=384,384"} <= lines.keys()
+    assert lines["clip=1.0"].endswith("  # largest gradient norm; 0: no clipping")
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_presets_shows_can_be_given_as_settings(capsys, name):
     assert main(["presets", name]) == 0
-    settings = dict(line.split("=") for line in capsys.readouterr().out.splitlines())
+    settings = dict(line.split()[0].split("=") for line in capsys.readouterr().out.splitlines())
     assert replace(Config(), **settings) == preset_config(name)
 
 
