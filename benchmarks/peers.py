@@ -79,7 +79,7 @@ def unfold_peer(problem: Veu, device: str) -> Peer:
     """All keys of every window side by side: the scores are one contraction."""
     d, r = len(problem.S), problem.window // 2
     needed = problem.batch * prod(problem.S) * problem.heads * problem.channels * problem.window**d * 4
-    if needed > 2**32:
+    if needed > 2**31:
         raise Unable(f"its unfolded keys alone would take {needed / 2**30:.0f} GiB")
     offsets, outside = eager.make_window(problem.S, (problem.window,) * d, torch.device(device))
     outside = outside.movedim(0, -1)

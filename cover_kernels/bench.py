@@ -36,11 +36,12 @@ def verdict(work: Work, peaks: Peaks, seconds: float) -> str:
     arithmetic = least["multiply-adds"] + least["softmax"]
     bound = max(arithmetic, least["memory"])
     parts = ", ".join(f"{name} {1e3 * floor:.3f} ms" for name, floor in least.items() if floor)
-    text = f"at least {parts}: {'arithmetic' if arithmetic > least['memory'] else 'memory'} bounds it, "
-    text += f"{bound / seconds:.0%} of that bound reached"
+    larger = "arithmetic" if arithmetic > least["memory"] else "memory"
     if not work.pairs and bound < 0.5 * seconds:
-        text += "; the rest is loads: every output reads all corners of a cell"
-    return text
+        # interpolation multiplies every corner of a cell once
+        loads = work.flops / 2 / seconds / 1e9
+        return f"at least {parts}: neither bounds it but the loads of the cells' corners, {loads:.2f} G/s"
+    return f"at least {parts}: {larger} bounds it, {bound / seconds:.0%} of that bound reached"
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[Problem, str]:

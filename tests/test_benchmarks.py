@@ -116,6 +116,9 @@ def test_verdict_names_the_larger_floor():
     text = bench.verdict(Work(10**6, 2 * 10**6, 10**5, 10**5), peaks, 6.8e-3)
     assert "arithmetic bounds it, 50% of that bound" in text
     assert "memory bounds it, 80%" in bench.verdict(Work(10**6, 4 * 10**6), peaks, 5e-3)
+    assert "neither bounds it but the loads of the cells' corners, 0.05 G/s" in bench.verdict(
+        Work(10**6, 4 * 10**6), peaks, 1e-2
+    )
 
 
 def test_own_sizes_are_parsed_and_measured(capsys, monkeypatch):
