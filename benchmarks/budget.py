@@ -2,6 +2,7 @@
 
     python benchmarks/budget.py             compares with budget.json; the exit status is 1 where something got worse
     python benchmarks/budget.py --update    writes budget.json anew
+    python benchmarks/budget.py --mix       prints also which instructions the inner loops are made of
 
 Needs nvcc, and nvdisasm from the toolkit or from Triton's package. Nothing here is a time: the figures bound what a GPU
 can do, and a regression in one of them is a regression whatever the GPU.
@@ -161,6 +162,7 @@ def veu_entry(match: re.Match, arch: int, used: dict[str, int], loop: Counter, s
         "occupancy": round(occupancy(arch, used["registers"], shared_bytes, threads), 3),
         "instructions_per_pair": round((loop.total() - loop["NOP"]) / pairs, 2),
         "fma_per_pair": round(loop["FFMA"] / pairs, 2),
+        "mix": {name: round(count / pairs, 2) for name, count in loop.most_common() if name != "NOP"},
     }
     return f"{kernel}{gather} {DTYPES[dtype]} {d}D C={C} N={N} sm_{arch}", figures
 
@@ -205,13 +207,17 @@ def regressions(budget: dict[str, dict], measured: dict[str, dict]) -> list[str]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="write budget.json anew")
+    parser.add_argument("--mix", action="store_true", help="print the instructions for each pair by name")
     arguments = parser.parse_args()
     missing = [tool for tool in ("nvcc", "nvdisasm") if not find(tool)]
     if missing:
         parser.error(f"{' and '.join(missing)} not found")
     measured = measure()
     for name, figures in measured.items():
+        mix = figures.pop("mix", {})  # too much for budget.json, whose figures it adds up to
         print(f"{name}: {', '.join(f'{key} {value}' for key, value in figures.items())}")
+        if arguments.mix and mix:
+            print(f"    for each pair: {', '.join(f'{key} {value}' for key, value in mix.items())}")
     if arguments.update:
         lines = (f"    {json.dumps(name)}: {json.dumps(figures)}" for name, figures in measured.items())
         kernels = ",\n".join(lines)

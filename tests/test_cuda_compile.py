@@ -53,6 +53,8 @@ def test_kernels_compile_without_warnings(name, arch):
 def test_what_the_compiler_makes_is_within_the_budget():
     measured = budget.measure(sizes=SIZES)
     assert_within_bars(measured)
+    for name in BARS:
+        assert sum(measured[name]["mix"].values()) == pytest.approx(measured[name]["instructions_per_pair"], abs=0.1)
     if budget.compiler() != RECORDED["nvcc"]:
         pytest.skip(f"the budget was made by nvcc {RECORDED['nvcc']}, this is {budget.compiler()}")
     assert budget.regressions(RECORDED["kernels"], measured) == []
