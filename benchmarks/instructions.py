@@ -50,7 +50,7 @@ def rows() -> list[tuple[Problem, str]]:
 
 
 def count() -> dict[str, int]:
-    """ "problem, pass" -> instructions of one call, those of torch's dispatch included. Raises `Unavailable`."""
+    """Name of a row -> instructions of one call, those of torch's dispatch included. Raises `Unavailable`."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if not shutil.which("valgrind") or not compiler:
         raise Unavailable("valgrind or a C compiler is not installed")

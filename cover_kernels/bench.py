@@ -4,9 +4,9 @@
     python -m cover_kernels.bench --shape 1x32x48x48x48 --window 5 --heads 4 --dtype bfloat16
     python -m cover_kernels.bench warp --shape 1x32x64x64x64 --stride 2 --device cuda
 
-The floor of a pass is the larger of two times: of its arithmetic at the measured rate of multiply-adds (for veu with 12
-vector instructions for each exponential of its softmax), and of reading and writing every tensor once at the measured
-rate of a copy. Each takes seconds; whether results are right is what `python -m cover_kernels` tests.
+The floor of a pass is the larger of two times: of its arithmetic at the measured rate of multiply-adds (for veu with
+the 4 that its softmax takes at least for each exponential), and of reading and writing every tensor once at the
+measured rate of a copy. Each takes seconds; whether results are right is what `python -m cover_kernels` tests.
 """
 
 import argparse

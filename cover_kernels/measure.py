@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import gc
-import hashlib
 import os
 import platform
 import shutil
@@ -130,7 +129,7 @@ def _compiled_loop(dtype: torch.dtype) -> ctypes.CDLL | None:
     scalar = "double" if dtype == torch.float64 else "float"
     command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", f"-DT={scalar}", "-x", "c++", "-"]
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, f"fma_{hashlib.sha256(FMA_LOOP.encode()).hexdigest()[:8]}.so")
+        library = Path(folder, "fma.so")
         done = subprocess.run([*command, "-o", library], input=FMA_LOOP, text=True, capture_output=True)
         if done.returncode:
             return None

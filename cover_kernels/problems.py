@@ -15,9 +15,9 @@ import cover_kernels
 from cover_kernels.checks import acc_dtype
 
 FORWARD, BACKWARD, BOTH = PASSES = ("forward", "backward", "forward + backward")
-# Vector instructions that a softmax takes for each exponential: 8 for the exponential of a degree-5 polynomial, then
-# maximum, difference, sum and innermost moment
-SOFTMAX = 12
+# What a softmax asks at least of the multiply-add units for each exponential: a polynomial of degree 2 beside a table,
+# its product with the table's value, and the innermost moment. Maximum, sums and the table may run beside them
+SOFTMAX = 4
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,8 @@ def test_work_is_what_must_be_computed_and_moved():
 
 def test_verdict_names_the_larger_floor():
     peaks = Peaks(flops=1e9, source="", copy=1e9)
-    # 1 ms of multiply-adds, 2.4 ms of softmax, 2 ms of memory
-    text = bench.verdict(Work(10**6, 2 * 10**6, 10**5, 10**5), peaks, 6.8e-3)
+    # 1 ms of multiply-adds, 0.8 ms of softmax, 1.5 ms of memory
+    text = bench.verdict(Work(10**6, 3 * 10**6 // 2, 10**5, 10**5), peaks, 3.6e-3)
     assert "arithmetic bounds it, 50% of that bound" in text
     assert "memory bounds it, 80%" in bench.verdict(Work(10**6, 4 * 10**6), peaks, 5e-3)
     assert "neither bounds it but the loads of the cells' corners, 0.05 G/s" in bench.verdict(
