@@ -21,8 +21,8 @@ const Kernels table = {
     [](const Veu& a) { COVER_BY_ACC(veu_bwd, a); },
     [](const Warp& a) { warp_fwd(a); },
     [](const Warp& a) { warp_bwd(a); },
-    [](const Compose& a) { COVER_BY_ACC(compose_fwd, a); },
-    [](const Compose& a) { COVER_BY_ACC(compose_bwd, a); },
+    [](const Compose& a) { compose_fwd(a); },
+    [](const Compose& a) { compose_bwd(a); },
 };
 
 }  // namespace COVER_ISA

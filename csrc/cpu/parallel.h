@@ -1,4 +1,4 @@
-// What the CPU kernels ask of their host: threads.
+// What the CPU kernels ask of their host: threads, and large pages for large outputs.
 #pragma once
 
 #include <cstdint>
@@ -15,5 +15,10 @@ void parallel_for(int64_t n, const F& f) {
       n, [](int64_t begin, int64_t end, const void* context) { (*static_cast<const F*>(context))(begin, end); },
       static_cast<const void*>(&f));
 }
+
+// Asks for large pages where [p, p + bytes) is not backed by memory yet, if it is long and about to be written whole.
+// A tensor of many megabytes is new memory to the process in most calls, and the system hands out 4 KiB at a time:
+// that takes longer than to write them.
+void prefer_large_pages(void* p, int64_t bytes);
 
 }  // namespace cover

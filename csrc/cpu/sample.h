@@ -1,50 +1,54 @@
-// Linear interpolation of segments of voxels along W: the part that warp and compose, forward and backward, share.
+// Linear interpolation at the positions of a tile of voxels: the part that warp and compose, forward and backward,
+// share.
 //
-// Positions are turned once into cells (the 2^d corners' indices and weights), and all channels are then read, or
-// added to, through the same cells.
+// Positions are turned once into cells (the 2^d corners' indices and weights). A tile copies the box of the image that
+// it reads into scratch, transposed, a few channels at a time, and then reads or adds to all of them through the same
+// cells. The box is an image of its own: cells are found in it as in any other.
 namespace cover {
 namespace COVER_ISA {
 
-constexpr int64_t kSegment = 64;  // voxels that are worked on together
+constexpr int64_t kTileVoxels = 4096;  // at most
 
-// The grid that is coarser by a stride.
-inline Grid coarser(const Grid& g, const int64_t* stride) {
-  return {{g.S[0] / stride[0], g.S[1] / stride[1], g.S[2] / stride[2]}};
-}
-
-// Keeps the compiler from vectorising a loop: scalar loads beat gather instructions here on the processors measured.
-#define COVER_SCALAR_LOOP __asm__ volatile("")
-
-// Cells of n <= kSegment positions. A cell has 2^(d-1) rows along W of two neighbouring voxels each, so that one load
-// brings both. Row k takes bit i of k along axis i of the d - 1 outer axes, the last of them lowest.
+// Cells of the positions of a tile. Corner c takes bit i of c along axis i, the last axis lowest.
 template <class A, class I, int d>
 struct Cells {
-  static constexpr int kRows = 1 << (d - 1);
-  static constexpr int kTogether = 4;  // channels that share one load of a cell
-  typedef A Pair __attribute__((vector_size(2 * sizeof(A))));
-  I index[kRows][kSegment];      // of a row's first voxel, in one channel of the image
-  Pair weight[kRows][kSegment];  // 0 outside the image
-  I partial[kSegment];           // not 0 where some weight is 0
-  A part[d][2][kSegment];        // factors of the weight along each axis
-  A slope[d][2][kSegment];       // their derivatives
-  I next;                        // distance of a row's second voxel: 1, or 0 in an image one voxel wide
+  static constexpr int kCorners = 1 << d;
+  static constexpr int64_t kSize = kTileVoxels + 64 / sizeof(A);  // no power of two: lines in different sets of a cache
+  using V = Channels<A>;
+  typedef A Values[kSize];
+  I first[kSize];           // index of a cell's first voxel
+  I corner[kCorners];       // distance of each corner from it; 0 along an axis of one voxel
+  Values weight[kCorners];  // 0 outside the image
+  I partial[kSize];         // not 0 where some weight is 0
+  Values part[d][2];        // factors of the weights along each axis
+  Values slope[d][2];       // their derivatives
 
-  // position [d][kSegment], in voxels of `grid`. With `border` it is clamped into the image, else corners outside
-  // weigh 0. A NaN position gets NaN weights.
-  void find(const Grid& grid, bool border, const A (*position)[kSegment], int64_t n) {
+  static constexpr int bit(int c, int i) { return c >> (d - 1 - i) & 1; }
+
+  // position [d][n], in voxels of `grid` from `origin` on. With `border` it is clamped into the image, else corners
+  // outside weigh 0. A NaN position gets NaN weights. Only kSlopes sets `part` and `slope`.
+  template <bool kSlopes>
+  void find(const Grid& grid, bool border, const Values* position, const int64_t* origin, int64_t n) {
     constexpr int64_t lanes = kLanes<A>;
     typedef I Index __attribute__((vector_size(lanes * sizeof(I))));
     using Mask = decltype(Vec<A>{} < Vec<A>{});
-    I first[d][kSegment], step[d];
-    for (int64_t i = d - 1, stride = 1; i >= 0; i--) {
-      const I size = static_cast<I>(grid.S[3 - d + i]);
-      const A low = border ? A(0) : A(-1), high = border ? A(size - 1) : A(size);
-      const I base_last = max<I>(0, size - 2);
-      step[i] = size > 1 ? static_cast<I>(stride) : 0;
-      for (int64_t x = 0; x < n; x += lanes) {
-        const Vec<A> p = load(position[i] + x);
+    I stride[d];
+    for (int64_t i = d - 1, s = 1; i >= 0; s *= grid.S[3 - d + i], i--) stride[i] = static_cast<I>(s);
+    for (int c = 0; c < kCorners; c++) {
+      corner[c] = 0;
+      for (int i = 0; i < d; i++)
+        if (grid.S[3 - d + i] > 1) corner[c] += bit(c, i) * stride[i];
+    }
+    const Vec<A> zero{}, one = splat(A(1));
+    for (int64_t x = 0; x < n; x += lanes) {
+      Index at{}, some_zero{};
+      Vec<A> factor[d][2];
+      for (int i = 0; i < d; i++) {
+        const I size = static_cast<I>(grid.S[3 - d + i]), base_last = max<I>(0, size - 2);
+        const A low = border ? A(0) : A(-1), high = border ? A(size - 1) : A(size);
+        const Vec<A> p = load(position[i] + x) - static_cast<A>(origin[3 - d + i]);
         const Vec<A> clamped = p < low ? splat(low) : p > high ? splat(high) : p;
-        const Vec<A> valid = clamped == clamped ? clamped : splat(A(0));
+        const Vec<A> valid = clamped == clamped ? clamped : zero;
         Index floor = __builtin_convertvector(valid, Index);
         floor += __builtin_convertvector(__builtin_convertvector(floor, Vec<A>) > valid, Index);
         const Vec<A> fraction = clamped - __builtin_convertvector(floor, Vec<A>), rest = A(1) - fraction;
@@ -53,161 +57,262 @@ struct Cells {
         const Mask usual = __builtin_convertvector(floor == base, Mask);
         const Mask before = __builtin_convertvector(floor < base, Mask);
         const Mask past = __builtin_convertvector((floor == base + 1) & (floor < size), Mask);
-        const Vec<A> zero{}, one = splat(A(1)), beyond = size > 1 ? one : zero;
-        store(part[i][0] + x, usual ? rest : before ? fraction : zero);
-        store(part[i][1] + x, usual ? fraction * beyond : past ? rest : zero);
-        const Vec<A> moves = (p >= low) & (border ? p < high : p <= high) ? one : zero;
-        store(slope[i][0] + x, usual ? -moves : before ? moves : zero);
-        store(slope[i][1] + x, usual ? moves * beyond : past ? -moves : zero);
-        const Index start = base * static_cast<I>(stride);
-        std::memcpy(first[i] + x, &start, sizeof(start));
-      }
-      stride *= size;
-    }
-    next = step[d - 1];
-    for (int64_t x = 0; x < n; x += lanes) {
-      Index some_zero{};
-      for (int k = 0; k < kRows; k++) {
-        Index at;
-        std::memcpy(&at, first[d - 1] + x, sizeof(at));
-        Vec<A> w = splat(A(1));
-        for (int i = 0; i < d - 1; i++) {
-          Index outer;
-          std::memcpy(&outer, first[i] + x, sizeof(outer));
-          at += outer + bit(k, i) * step[i];
-          w *= load(part[i][bit(k, i)] + x);
+        const Vec<A> beyond = size > 1 ? one : zero;
+        factor[i][0] = usual ? rest : before ? fraction : zero;
+        factor[i][1] = usual ? fraction * beyond : past ? rest : zero;
+        at += base * stride[i];
+        if (kSlopes) {
+          const Vec<A> moves = (p >= low) & (border ? p < high : p <= high) ? one : zero;
+          store(part[i][0] + x, factor[i][0]);
+          store(part[i][1] + x, factor[i][1]);
+          store(slope[i][0] + x, usual ? -moves : before ? moves : zero);
+          store(slope[i][1] + x, usual ? moves * beyond : past ? -moves : zero);
         }
-        const Vec<A> left = w * load(part[d - 1][0] + x), right = w * load(part[d - 1][1] + x);
-        std::memcpy(index[k] + x, &at, sizeof(at));
-        store_pairs(reinterpret_cast<A*>(weight[k] + x), left, right);
-        some_zero |= __builtin_convertvector((left == A(0)) | (right == A(0)), Index);
       }
+      for (int c = 0; c < kCorners; c++) {
+        Vec<A> w = factor[0][bit(c, 0)];
+        for (int i = 1; i < d; i++) w *= factor[i][bit(c, i)];
+        store(weight[c] + x, w);
+        some_zero |= __builtin_convertvector(w == zero, Index);
+      }
+      std::memcpy(first + x, &at, sizeof(at));
       std::memcpy(partial + x, &some_zero, sizeof(some_zero));
     }
   }
 
-  static constexpr int bit(int k, int i) { return k >> (d - 2 - i) & 1; }
-
-  template <class T>
-  Pair load_pair(const T* p) const {
-    return Pair{static_cast<A>(p[0]), static_cast<A>(p[next])};
-  }
-  Pair load_pair(const A* p) const {
-    if (next == 0) return Pair{p[0], p[0]};
-    Pair pair;
-    std::memcpy(&pair, p, sizeof(pair));
-    return pair;
-  }
-
-  // Calls f(voxel, first channel, number of channels as a constant): a few channels through each cell in turn.
-  template <class F>
-  static void for_cells(int64_t C, int64_t n, const F& f) {
-    int64_t c = 0;
-    for (; c + kTogether <= C; c += kTogether)
-      for (int64_t x = 0; x < n; x++) f(x, c, std::integral_constant<int, kTogether>());
-    for (; c < C; c++)
-      for (int64_t x = 0; x < n; x++) f(x, c, std::integral_constant<int, 1>());
-  }
-
-  // write(c, x, value) for each channel of image [C, numel] at the cells.
-  template <class T, class Write>
-  void gather(const T* image, int64_t C, int64_t numel, int64_t n, const Write& write) const {
-    for_cells(C, n, [&](int64_t x, int64_t c, auto channels) {
-      Pair w[kRows];
-      const T* row[kRows];
-      for (int k = 0; k < kRows; k++) w[k] = weight[k][x], row[k] = image + c * numel + index[k][x];
-      for (int i = 0; i < channels; i++) {
-        COVER_SCALAR_LOOP;
-        if (partial[x]) {
-          // -0.0 changes no sum, and a corner of weight 0 adds nothing: a cell on a voxel returns its very bits
-          A sum = A(-0.0);
-          for (int k = 0; k < kRows; k++) {
-            const Pair pair = load_pair(row[k] + i * numel);
-            for (int e = 0; e < 2; e++)
-              if (w[k][e] != A(0)) sum += w[k][e] * pair[e];
-          }
-          write(c + i, x, sum);
-        } else {
-          Pair sum{};
-          for (int k = 0; k < kRows; k++) sum += w[k] * load_pair(row[k] + i * numel);
-          write(c + i, x, sum[0] + sum[1]);
-        }
-      }
-    });
-  }
-
-  // Channels of a box [numel, W] at the cells: out [n, W].
-  template <int W>
-  void gather_lanes(const A* box, int64_t n, A* out) const {
-    using V = Lanes<A, W>;
-    for (int64_t x = 0; x < n; x++) {
-      V sum = -V{};  // -0.0, as in `gather`
-      const auto add = [&](int k, int e) {
-        V voxel;
-        std::memcpy(&voxel, box + (index[k][x] + e * next) * W, sizeof(voxel));
-        sum += weight[k][x][e] * voxel;
-      };
+  // out[x - begin] = image at cell x, for x in [begin, end).
+  void gather(const V* image, int64_t begin, int64_t end, V* out) const {
+    const V* corners[kCorners];
+    for (int c = 0; c < kCorners; c++) corners[c] = image + corner[c];
+    for (int64_t x = begin; x < end; x++) {
+      // -0.0 changes no sum, and a corner of weight 0 adds nothing: a cell on a voxel returns its very bits
+      V sum = -V{};
       if (partial[x]) {
-        for (int k = 0; k < kRows; k++)
-          for (int e = 0; e < 2; e++)
-            if (weight[k][x][e] != A(0)) add(k, e);
+        for (int c = 0; c < kCorners; c++)
+          if (weight[c][x] != A(0)) sum += weight[c][x] * corners[c][first[x]];
       } else {
-        for (int k = 0; k < kRows; k++) add(k, 0), add(k, 1);
+        for (int c = 0; c < kCorners; c++) sum += weight[c][x] * corners[c][first[x]];
       }
-      std::memcpy(out + x * W, &sum, sizeof(sum));
+      out[x - begin] = sum;
     }
   }
 
-  // image [C, numel] += read(c, x) at the cells: the transpose of `gather`, voxel after voxel. Not in pairs: the next
-  // voxel's pair overlaps this one's, and a load that straddles two stores would wait for both to reach the cache.
-  template <class Read>
-  void scatter(A* image, int64_t C, int64_t numel, int64_t n, const Read& read) const {
-    for_cells(C, n, [&](int64_t x, int64_t c, auto channels) {
-      for (int i = 0; i < channels; i++) {
-        COVER_SCALAR_LOOP;
-        const A g = read(c + i, x);
-        for (int k = 0; k < kRows; k++) {
-          A* row = image + (c + i) * numel + index[k][x];
-          row[0] += weight[k][x][0] * g;
-          row[next] += weight[k][x][1] * g;
-        }
-      }
-    });
+  // image += g[x - begin] at cell x, for x in [begin, end): the transpose of `gather`.
+  void scatter(V* image, int64_t begin, int64_t end, const V* g) const {
+    V* corners[kCorners];
+    for (int c = 0; c < kCorners; c++) corners[c] = image + corner[c];
+    for (int64_t x = begin; x < end; x++)
+      for (int c = 0; c < kCorners; c++) corners[c][first[x]] += weight[c][x] * g[x - begin];
   }
 
-  // products[x][k] = sum over channels of read(c, x) * image[c] at row k.
-  template <class T, class Read>
-  void corner_products(const T* image, int64_t C, int64_t numel, int64_t n, Pair (*products)[kRows],
-                       const Read& read) const {
-    for (int64_t x = 0; x < n; x++)
-      for (int k = 0; k < kRows; k++) products[x][k] = Pair{};
-    for_cells(C, n, [&](int64_t x, int64_t c, auto channels) {
-      Pair sum[kRows];
-      const T* row[kRows];
-      for (int k = 0; k < kRows; k++) sum[k] = products[x][k], row[k] = image + c * numel + index[k][x];
-      for (int i = 0; i < channels; i++) {
-        COVER_SCALAR_LOOP;
-        const A g = read(c + i, x);
-        for (int k = 0; k < kRows; k++) sum[k] += load_pair(row[k] + i * numel) * g;
+  // grad[i][x] += sum over channels of g[x - begin] * the image's derivative along axis i at cell x, for x in
+  // [begin, end) and, of no use, up to the next multiple of kWidth.
+  void position_gradient(const V* image, int64_t begin, int64_t end, const V* g, Values* grad) const {
+    constexpr int64_t W = kWidth<A>;
+    const V* corners[kCorners];
+    for (int c = 0; c < kCorners; c++) corners[c] = image + corner[c];
+    for (int64_t x0 = begin; x0 < end; x0 += W) {
+      V term[d][W];
+      if (x0 + W > end) std::memset(term, 0, sizeof(term));
+      for (int64_t x = x0; x < min(x0 + W, end); x++) {
+        V value[kCorners], derivative[d][kCorners / 2];
+        for (int c = 0; c < kCorners; c++) value[c] = corners[c][first[x]];
+        // interpolation along the last axis first; the derivatives go along with it
+        for (int i = d - 1; i >= 0; i--)
+          for (int k = 0; k < 1 << i; k++) {
+            const A p0 = part[i][0][x], p1 = part[i][1][x];
+            for (int j = i + 1; j < d; j++)
+              derivative[j][k] = p0 * derivative[j][2 * k] + p1 * derivative[j][2 * k + 1];
+            derivative[i][k] = slope[i][0][x] * value[2 * k] + slope[i][1][x] * value[2 * k + 1];
+            value[k] = p0 * value[2 * k] + p1 * value[2 * k + 1];
+          }
+        for (int i = 0; i < d; i++) term[i][x - x0] = derivative[i][0] * g[x - begin];
       }
-      for (int k = 0; k < kRows; k++) products[x][k] = sum[k];
-    });
-  }
-
-  // The gradient with respect to the position along `axis`, from the products of all channels.
-  void position_gradient(const Pair (*products)[kRows], int axis, int64_t n, A* grad) const {
-    for (int64_t x = 0; x < n; x++) {
-      A sum = 0;
-      for (int k = 0; k < kRows; k++)
-        for (int e = 0; e < 2; e++) {
-          A factor = 1;
-          for (int i = 0; i < d; i++) factor *= (i == axis ? slope : part)[i][i < d - 1 ? bit(k, i) : e][x];
-          sum += factor * products[x][k][e];
-        }
-      grad[x] = sum;
+      for (int i = 0; i < d; i++) add_channels<A>(term[i], grad[i] + x0);
     }
   }
 };
+
+constexpr int64_t kSegment = 64;  // voxels of a tile along W, at most
+
+// Voxels x0 .. x0 + n of line (z, y).
+struct Segment {
+  int64_t z, y, x0, n;
+};
+
+// A range of an image's voxels in array order.
+struct Range {
+  int64_t begin, end;
+};
+
+// A thread's working memory: a tile of positions, and a few channels of what it reads.
+template <class A, class I, int d>
+struct Tile {
+  using C = Cells<A, I, d>;
+  using V = Channels<A>;
+  Box part;                        // the voxels of the tile
+  Grid image;                      // what they are positions in
+  Box box;                         // the part of it that they read
+  bool whole;                      // whether `copy` is that box; else it is the corners of each cell, which are fewer
+  typename C::Values position[d];  // line after line
+  typename C::Values grad[d];      // with respect to the positions, where a backward wants it
+  C cells;
+  I first[C::kSize];      // of the cells in the image, and
+  I corner[C::kCorners];  //   their corners' distances, where `copy` is the corners of each cell
+  V copy[C::kCorners * kTileVoxels];
+  V line[kSegment];  // the same channels of a line of the tile
+
+  int64_t numel() const { return part.grid.numel(); }
+
+  // Calls f(segment, index of its first voxel in the tile) for the lines of the tile.
+  template <class F>
+  void for_lines(const F& f) const {
+    int64_t first = 0;
+    for (int64_t z = part.low[0]; z < part.low[0] + part.grid.S[0]; z++)
+      for (int64_t y = part.low[1]; y < part.low[1] + part.grid.S[1]; y++, first += part.grid.S[2])
+        f(Segment{z, y, part.low[2], part.grid.S[2]}, first);
+  }
+
+  // Sets `box`, once `position` is set.
+  void enclose(const Grid& grid) {
+    Extent<A> extent[d];
+    for (int i = 0; i < d; i++) {
+      extent[i] = {splat(kInf<A>), splat(-kInf<A>)};
+      extent[i].add(position[i], numel());
+    }
+    image = grid;
+    box = box_around(image, extent, d);
+    whole = box.numel() <= C::kCorners * numel();
+  }
+
+  // Whether cells may have corners in a range of the image.
+  bool reads(const Range& range) const {
+    return !whole || (index(0, 0) < range.end && index(box.grid.S[0] - 1, box.grid.S[1] - 1) >= range.begin);
+  }
+
+  // Sets `cells`, after `enclose`.
+  template <bool kSlopes>
+  void find_cells(bool border) {
+    const int64_t origin[3] = {0, 0, 0};
+    cells.template find<kSlopes>(whole ? box.grid : image, border, position, whole ? box.low : origin, numel());
+    if (whole) return;
+    std::memcpy(corner, cells.corner, sizeof(corner));
+    for (int c = 0; c < C::kCorners; c++) cells.corner[c] = c;
+    for (int64_t x = 0; x < numel(); x++) first[x] = cells.first[x], cells.first[x] = static_cast<I>(x * C::kCorners);
+  }
+
+  // copy = `channels` <= kWidth channels of an image [.., *S].
+  template <class T>
+  void load(const T* x, int64_t channels) {
+    for_copied([&](int64_t at, int64_t n, V* row) { to_channels_last<A>(x + at, image.numel(), channels, n, row); });
+  }
+
+  void clear() {
+    for_copied([&](int64_t, int64_t n, V* row) { std::memset(row, 0, n * sizeof(V)); });
+  }
+
+  // Adds `copy` to as many channels of the image, within a range of it: sums[c * stride + i - range.begin].
+  void add_to(A* sums, int64_t stride, const Range& range, int64_t channels) {
+    for_copied([&](int64_t at, int64_t n, const V* row) {
+      if (at >= range.begin && at < range.end) add_channels_first<A>(row, stride, channels, n, sums + at - range.begin);
+    });
+  }
+
+ private:
+  int64_t index(int64_t z, int64_t y) const {
+    return ((box.low[0] + z) * image.S[1] + box.low[1] + y) * image.S[2] + box.low[2];
+  }
+
+  // Calls f(index in the image, number of voxels, where they are in `copy`) for all rows of what is copied.
+  template <class F>
+  void for_copied(const F& f) {
+    V* row = copy;
+    if (whole) {
+      for (int64_t z = 0; z < box.grid.S[0]; z++)
+        for (int64_t y = 0; y < box.grid.S[1]; y++, row += box.grid.S[2]) f(index(z, y), box.grid.S[2], row);
+    } else {
+      for (int64_t x = 0; x < numel(); x++)
+        for (int c = 0; c < C::kCorners; c++, row++) f(first[x] + corner[c], 1, row);
+    }
+  }
+};
+
+// A grid cut into tiles, in array order.
+template <int d>
+struct Tiling {
+  static constexpr int64_t kTile[3] = {d == 3 ? 8 : 1, d == 3 ? 8 : 64, 64};  // long rows, which are read as a stream
+  static_assert(kTile[0] * kTile[1] * kTile[2] <= kTileVoxels && kTile[2] <= kSegment);
+  Grid grid, tiles;
+
+  explicit Tiling(const Grid& grid) : grid(grid) {
+    for (int i = 0; i < 3; i++) tiles.S[i] = (grid.S[i] + kTile[i] - 1) / kTile[i];
+  }
+  int64_t count() const { return tiles.numel(); }
+  Box operator[](int64_t i) const {
+    const int64_t at[3] = {i / (tiles.S[1] * tiles.S[2]), i / tiles.S[2] % tiles.S[1], i % tiles.S[2]};
+    Box tile;
+    for (int axis = 0; axis < 3; axis++) {
+      tile.low[axis] = at[axis] * kTile[axis];
+      tile.grid.S[axis] = min(kTile[axis], grid.S[axis] - tile.low[axis]);
+    }
+    return tile;
+  }
+};
+
+// The gradient of an image [B, C, *S] in T that was sampled in tiles: place(b, box, tile) sets a tile's positions, and
+// load(b, first channel, channels, segment, dst) the gradient of what was sampled in a segment.
+//
+// Each thread owns lines of the outermost axis (D, or H in 2D), and adds all that falls there, tile after tile. Tiles
+// that read lines of several owners are worked on by each of them, so that a sum does not depend on who owns it.
+template <class T, class I, int d, class Place, class Load>
+inline void image_gradient(int64_t B, int64_t C, const Grid& image, const Tiling<d>& tiles, bool border, T* grad,
+                           const Place& place, const Load& load) {
+  using A = Acc<T>;
+  constexpr int64_t W = kWidth<A>;
+  // half precision is added up in float, a few lines at a time
+  constexpr bool kDirect = std::is_same_v<T, A>;
+  constexpr int64_t kSums = 1 << 20;
+  const int64_t blocks = (C + W - 1) / W, outer = image.S[3 - d], line = image.numel() / outer;
+  parallel_for(B * blocks * outer, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<Tile<A, I, d>> tile(new Tile<A, I, d>);
+    while (begin < end) {
+      const int64_t b = begin / (blocks * outer), block = begin / outer % blocks, first = begin % outer;
+      const int64_t lines = min(min(outer - first, end - begin), kDirect ? outer : max<int64_t>(1, kSums / (W * line)));
+      // all blocks of channels that are owned whole go through the same cells
+      const int64_t together = kDirect && lines == outer ? min(blocks - block, (end - begin) / outer) : 1;
+      const int64_t c0 = block * W, channels = min(together * W, C - c0);
+      const Range range{first * line, (first + lines) * line};
+      T* const own = grad + (b * C + c0) * image.numel() + range.begin;
+      Scratch<A> memory(kDirect ? 0 : channels * lines * line);
+      A* const sums = kDirect ? reinterpret_cast<A*>(own) : memory.take(channels * lines * line);
+      const int64_t stride = kDirect ? image.numel() : lines * line;
+      for (int64_t c = 0; c < channels; c++) fill(sums + c * stride, lines * line, A(0));
+      for (int64_t i = 0; i < tiles.count(); i++) {
+        place(b, tiles[i], *tile);
+        if (!tile->reads(range)) continue;
+        tile->template find_cells<false>(border);
+        for (int64_t c = 0; c < channels; c += W) {
+          const int64_t n = min(W, channels - c);
+          tile->clear();
+          tile->for_lines([&](const Segment& s, int64_t at) {
+            load(b, c0 + c, n, s, tile->line);
+            tile->cells.scatter(tile->copy, at, at + s.n, tile->line);
+          });
+          tile->add_to(sums + c * stride, stride, range, n);
+        }
+      }
+      if (!kDirect)
+        for (int64_t c = 0; c < channels; c++)
+          for (int64_t x = 0; x < lines * line; x++) own[c * image.numel() + x] = static_cast<T>(sums[c * stride + x]);
+      begin += together * lines;
+    }
+  });
+}
+
+// The grid that is coarser by a stride.
+inline Grid coarser(const Grid& g, const int64_t* stride) {
+  return {{g.S[0] / stride[0], g.S[1] / stride[1], g.S[2] / stride[2]}};
+}
 
 // Where a position of a level lies on the level that is coarser by `stride`.
 template <class A>
@@ -228,32 +333,6 @@ struct Between {
     fraction = c - static_cast<A>(i0);
   }
 };
-
-// One row of a segment of the fine level: voxels x0 .. x0 + n of line (z, y).
-struct Segment {
-  int64_t z, y, x0, n;
-};
-
-// Calls f(segment) for the voxels of lines [first, last) along the outermost axis (D, or H in 2D).
-template <int d, class F>
-inline void for_segments(const Grid& g, int64_t first, int64_t last, const F& f) {
-  const int64_t z0 = d == 3 ? first : 0, z1 = d == 3 ? last : 1;
-  const int64_t y0 = d == 3 ? 0 : first, y1 = d == 3 ? g.S[1] : last;
-  for (int64_t z = z0; z < z1; z++)
-    for (int64_t y = y0; y < y1; y++)
-      for (int64_t x = 0; x < g.S[2]; x += kSegment) f(Segment{z, y, x, min(kSegment, g.S[2] - x)});
-}
-
-// All segments of a batch of B grids, on all threads: f(b, segment, thread's state), `make()` making the state.
-template <int d, class Make, class F>
-inline void parallel_segments(int64_t B, const Grid& g, const Make& make, const F& f) {
-  const int64_t outer = g.S[3 - d];
-  parallel_for(B * outer, [&](int64_t begin, int64_t end) {
-    auto state = make();
-    for (int64_t i = begin; i < end; i++)
-      for_segments<d>(g, i % outer, i % outer + 1, [&](const Segment& s) { f(i / outer, s, *state); });
-  });
-}
 
 // Calls f with the spatial dimension, and with the narrowest index type that addresses a channel.
 template <class F>

@@ -104,22 +104,6 @@ COVER_INLINE void unroll(const F& f) {
   unroll(std::make_integer_sequence<int, N>(), f);
 }
 
-// a[0], b[0], a[1], b[1], ..
-template <class A, size_t... J>
-inline void store_pairs(A* p, Vec<A> a, Vec<A> b, std::index_sequence<J...>) {
-#if __has_builtin(__builtin_shufflevector)
-  constexpr size_t half = sizeof...(J) / 2, n = sizeof...(J);
-  store(p, __builtin_shufflevector(a, b, (J / 2 + J % 2 * n)...));
-  store(p + n, __builtin_shufflevector(a, b, (half + J / 2 + J % 2 * n)...));
-#else
-  ((p[2 * J] = a[J], p[2 * J + 1] = b[J]), ...);
-#endif
-}
-template <class A>
-inline void store_pairs(A* p, Vec<A> a, Vec<A> b) {
-  store_pairs(p, a, b, std::make_index_sequence<kLanes<A>>());
-}
-
 // a > b ? a : b, and so b where one is NaN: one instruction, which compilers do not see where a is a constant.
 template <class V>
 inline V larger(V a, V b) {

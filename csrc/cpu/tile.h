@@ -1,12 +1,17 @@
-// A box of an image with its channels last, so that one load brings a voxel in many channels at once.
+// A box of an image with its channels last, so that one load brings a voxel in W channels at once.
 //
 // Sampling an image channel by channel takes 2^d loads for each output; with W channels in a vector it takes 2^d / W.
-// A tile of outputs copies the box of the image that it reads into scratch, transposed, a block of W channels at a
-// time. The box is then an image of its own: cells are found in it as in any other.
 namespace cover {
 namespace COVER_ISA {
 
-constexpr int64_t kBoxBytes = 512 << 10;  // of a box: half of a second-level cache of 1 MB
+// Channels that are worked on together: 32 bytes of them. Two loads of 32 bytes start in a cycle or one of 64, and a
+// box of 64 bytes to a voxel would hold half the voxels: more of them would be copied by several tiles.
+template <class A>
+constexpr int64_t kWidth = (COVER_BYTES < 32 ? COVER_BYTES : 32) / sizeof(A);
+
+// kWidth channels of a voxel.
+template <class A>
+using Channels = Lanes<A, kWidth<A>>;
 
 // Element J.. of a where J & S is 0, else element J - S.. of b; and what that leaves, in the same order.
 template <int S, class V, size_t... J>
@@ -23,60 +28,104 @@ inline void exchange(V& a, V& b, std::index_sequence<J...>) {
 }
 
 // A square of W x W elements, m[i][j] <-> m[j][i], by exchanging blocks of S, 2 S, .. elements.
-template <class A, int W, int S = 1>
-inline void transpose(Lanes<A, W>* m) {
+template <class A, int S = 1>
+inline void transpose(Channels<A>* m) {
+  constexpr int64_t W = kWidth<A>;
   if constexpr (S < W) {
     for (int i = 0; i < W; i++)
       if (!(i & S)) exchange<S>(m[i], m[i + S], std::make_index_sequence<W>());
-    transpose<A, W, 2 * S>(m);
+    transpose<A, 2 * S>(m);
   }
 }
 
-// dst[x][c] = src[c][x] for x < n and c < channels <= W; the other channels become 0.
-template <int W, class T, class A>
-inline void to_channels_last(const T* src, int64_t channel_stride, int64_t channels, int64_t n, A* dst) {
-  using V = Lanes<A, W>;
+// kWidth elements in a storage type, and back.
+template <class A, class T>
+inline Channels<A> load_lanes(const T* p) {
+  Channels<A> v;
+  if constexpr (std::is_same_v<A, T>)
+    std::memcpy(&v, p, sizeof(v));
+  else
+    for (int i = 0; i < kWidth<A>; i++) v[i] = static_cast<A>(p[i]);
+  return v;
+}
+template <class A, class T>
+inline void store_lanes(T* p, Channels<A> v) {
+  if constexpr (std::is_same_v<A, T>)
+    std::memcpy(p, &v, sizeof(v));
+  else
+    for (int i = 0; i < kWidth<A>; i++) p[i] = static_cast<T>(v[i]);
+}
+
+// Calls f(x, channels) for squares of kWidth voxels from x on, of a row of n >= kWidth; the last one may overlap the
+// one before. The number of channels is a constant where there are kWidth.
+template <class A, class F>
+inline void for_squares(int64_t n, int64_t channels, const F& f) {
+  constexpr int64_t W = kWidth<A>;
+  for (int64_t x = 0; x < n; x += W)
+    channels == W ? f(min(x, n - W), std::integral_constant<int64_t, W>()) : f(min(x, n - W), channels);
+}
+
+// dst[x][c] = src[c][x] for x < n and c < channels <= kWidth; the other channels become 0.
+template <class A, class T>
+__attribute__((noinline)) void to_channels_last(const T* src, int64_t stride, int64_t channels, int64_t n,
+                                                Channels<A>* dst) {
+  constexpr int64_t W = kWidth<A>;
   if (n < W) {
     for (int64_t x = 0; x < n; x++)
-      for (int64_t c = 0; c < W; c++)
-        dst[x * W + c] = c < channels ? static_cast<A>(src[c * channel_stride + x]) : A(0);
+      for (int64_t c = 0; c < W; c++) dst[x][c] = c < channels ? static_cast<A>(src[c * stride + x]) : A(0);
     return;
   }
-  for (int64_t x0 = 0; x0 < n; x0 += W) {
-    const int64_t x = min(x0, n - W);  // the last square overlaps the one before
-    V m[W];
-    for (int c = 0; c < W; c++) {
-      A row[W] = {};
-      if (c < channels)
-        for (int i = 0; i < W; i++) row[i] = static_cast<A>(src[c * channel_stride + x + i]);
-      std::memcpy(&m[c], row, sizeof(row));
-    }
-    transpose<A, W>(m);
-    std::memcpy(dst + x * W, m, sizeof(m));
-  }
+  for_squares<A>(n, channels, [&](int64_t x, auto channels) {
+    Channels<A> m[W];
+    for (int64_t c = 0; c < W; c++) m[c] = c < channels ? load_lanes<A>(src + c * stride + x) : Channels<A>{};
+    transpose<A>(m);
+    for (int64_t i = 0; i < W; i++) dst[x + i] = m[i];
+  });
 }
 
-// dst[c][x] = src[x][c] for x < n and c < channels <= W.
-template <int W, class T, class A>
-__attribute__((noinline)) void to_channels_first(const A* src, int64_t channel_stride, int64_t channels, int64_t n,
+// dst[c][x] = src[x][c] for x < n and c < channels <= kWidth.
+template <class A, class T>
+__attribute__((noinline)) void to_channels_first(const Channels<A>* src, int64_t stride, int64_t channels, int64_t n,
                                                  T* dst) {
-  using V = Lanes<A, W>;
+  constexpr int64_t W = kWidth<A>;
   if (n < W) {
     for (int64_t c = 0; c < channels; c++)
-      for (int64_t x = 0; x < n; x++) dst[c * channel_stride + x] = static_cast<T>(src[x * W + c]);
+      for (int64_t x = 0; x < n; x++) dst[c * stride + x] = static_cast<T>(src[x][c]);
     return;
   }
-  for (int64_t x0 = 0; x0 < n; x0 += W) {
-    const int64_t x = min(x0, n - W);
-    V m[W];
-    std::memcpy(m, src + x * W, sizeof(m));
-    transpose<A, W>(m);
-    for (int64_t c = 0; c < channels; c++) {
-      A row[W];
-      std::memcpy(row, &m[c], sizeof(row));
-      for (int i = 0; i < W; i++) dst[c * channel_stride + x + i] = static_cast<T>(row[i]);
-    }
-  }
+  for_squares<A>(n, channels, [&](int64_t x, auto channels) {
+    Channels<A> m[W];
+    for (int64_t i = 0; i < W; i++) m[i] = src[x + i];
+    transpose<A>(m);
+    for (int64_t c = 0; c < W; c++)
+      if (c < channels) store_lanes<A>(dst + c * stride + x, m[c]);
+  });
+}
+
+// dst[c][x] += src[x][c] for x < n and c < channels <= kWidth.
+template <class A>
+__attribute__((noinline)) void add_channels_first(const Channels<A>* src, int64_t stride, int64_t channels, int64_t n,
+                                                  A* dst) {
+  constexpr int64_t W = kWidth<A>;
+  const int64_t whole = n / W * W;
+  for_squares<A>(whole, channels, [&](int64_t x, auto channels) {
+    Channels<A> m[W];
+    for (int64_t i = 0; i < W; i++) m[i] = src[x + i];
+    transpose<A>(m);
+    for (int64_t c = 0; c < W; c++)
+      if (c < channels) store_lanes<A>(dst + c * stride + x, load_lanes<A>(dst + c * stride + x) + m[c]);
+  });
+  for (int64_t x = whole; x < n; x++)
+    for (int64_t c = 0; c < channels; c++) dst[c * stride + x] += src[x][c];
+}
+
+// out[x] += the sum over channels of src[x] for x < W.
+template <class A>
+inline void add_channels(Channels<A>* src, A* out) {
+  transpose<A>(src);
+  Channels<A> sum = load_lanes<A>(out);
+  for (int c = 0; c < kWidth<A>; c++) sum += src[c];
+  store_lanes<A>(out, sum);
 }
 
 // A grid of voxels; a 2D one has S[0] = 1.
@@ -118,7 +167,8 @@ struct Extent {
   }
 };
 
-// The part of an image that is read for positions within `extent` [d].
+// The part of an image that is read for positions within `extent` [d], its rows whole squares where the image is wide
+// enough.
 template <class A>
 inline Box box_around(const Grid& image, const Extent<A>* extent, int d) {
   Box box{{0, 0, 0}, {{1, 1, 1}}};
@@ -128,18 +178,9 @@ inline Box box_around(const Grid& image, const Extent<A>* extent, int d) {
     box.low[i] = min(voxel(extent[i - 3 + d].low()), max<int64_t>(0, last - 1));
     box.grid.S[i] = max(min(last, voxel(extent[i - 3 + d].high()) + 1), min(last, box.low[i] + 1)) - box.low[i] + 1;
   }
+  box.grid.S[2] = min(image.S[2], round_up(box.grid.S[2], kWidth<A>));
+  box.low[2] = min(box.low[2], image.S[2] - box.grid.S[2]);
   return box;
-}
-
-// Copies channels [0, channels) of a box of image [.., *S] to dst [numel, W].
-template <int W, class T, class A>
-__attribute__((noinline)) void load_box(const T* image, const Grid& grid, const Box& box, int64_t channels, A* dst) {
-  for (int64_t z = 0; z < box.grid.S[0]; z++)
-    for (int64_t y = 0; y < box.grid.S[1]; y++) {
-      const int64_t row = ((box.low[0] + z) * grid.S[1] + box.low[1] + y) * grid.S[2] + box.low[2];
-      to_channels_last<W>(image + row, grid.numel(), channels, box.grid.S[2],
-                          dst + (z * box.grid.S[1] + y) * box.grid.S[2] * W);
-    }
 }
 
 }  // namespace COVER_ISA
