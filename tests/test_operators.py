@@ -164,6 +164,39 @@ def test_same_bits_whatever_the_number_of_threads(operator, case, backend):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+@pytest.mark.parametrize(
+    ("operator", "S", "stride", "dtype"),
+    [
+        ("warp", (20, 37, 70), 1, torch.float32),
+        ("warp", (130, 150), 2, torch.float32),
+        ("warp", (64, 4096), 1, torch.bfloat16),  # more sums in float than the CPU kernels keep
+        ("compose", (20, 36, 72), 2, torch.float32),
+    ],
+)
+def test_gradients_of_images_of_many_tiles(operator, S, stride, dtype, far, backend):
+    """Tiles that several threads work on, whose boxes overlap, or which read so widely that no box is copied."""
+    case = operators.Case("many tiles", S, B=1, channels=9, stride=stride)
+    function, tensors = sample_inputs(operator, case, dtype)
+    if far:
+        tensors[1].mul_(8)
+    exact = [t.double() for t in tensors]
+    grad = grad_like(function(*exact))
+    exact = run(function, exact, "reference", grad)
+    same = run(function, tensors, "reference", grad)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            results.append(run(function, tensors, backend, grad))
+    finally:
+        torch.set_num_threads(threads)
+    assert_close(results[0], same, exact)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     q, k, u = torch.randn(1, 4, 6, 6), torch.randn(1, 4, 6, 6), torch.randn(1, 2, 6, 6)
