@@ -132,7 +132,7 @@ COVER_INLINE void dot(int64_t C, const A* q, int64_t q_row, int64_t q_stride, co
     V query[R];
     unroll<R>([&](auto r) COVER_INLINE_LAMBDA { query[r] = load_once<V>(q + r * q_row + c * q_stride); });
     unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
-      const V key = load_once<V>(k + c * k_stride + g);
+      const V key = R == 1 ? load_as<V>(k + c * k_stride + g) : load_once<V>(k + c * k_stride + g);
       unroll<R>([&](auto r) COVER_INLINE_LAMBDA { s[r][g] += query[r] * key; });
     });
   }

@@ -55,7 +55,7 @@ COVER_INLINE void add_weighted(int64_t C, const V (*t)[G], const A* k, int64_t k
     V to[R];
     unroll<R>([&](auto r) COVER_INLINE_LAMBDA { to[r] = load_as<V>(sum + r * sum_row + c * sum_stride); });
     unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
-      const V key = load_once<V>(k + c * k_stride + g);
+      const V key = R == 1 ? load_as<V>(k + c * k_stride + g) : load_once<V>(k + c * k_stride + g);
       unroll<R>([&](auto r) COVER_INLINE_LAMBDA { to[r] += t[r][g] * key; });
     });
     unroll<R>([&](auto r) COVER_INLINE_LAMBDA { store(sum + r * sum_row + c * sum_stride, to[r]); });
