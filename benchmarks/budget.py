@@ -22,7 +22,7 @@ from pathlib import Path
 
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
 BUDGET = Path(__file__).with_name("budget.json")
-FILES = ("veu_fwd", "veu_bwd", "warp", "compose")
+FILES = ("veu_fwd", "veu_fwd_mma", "veu_bwd", "warp", "compose")
 ARCHITECTURES = (80, 90)
 # of a multiprocessor: threads, bytes of shared memory, blocks (CUDA C++ Programming Guide, compute capabilities)
 LIMITS = {80: (2048, 164 * 1024, 32), 86: (1536, 100 * 1024, 16), 90: (2048, 228 * 1024, 32)}
@@ -31,17 +31,27 @@ DTYPES = {"d": "f64", "f": "f32", "13__nv_bfloat16": "bf16", "6__half": "f16"}
 VEU = re.compile(
     rf"(veu_fwd|veu_bwd)_kernelI({'|'.join(DTYPES)})Li(\d)E\w*?3CutILi(\d+)ELi(\d+)ELi(\d+)ELb([01])EEE(?:L\w+?OfE(\d))?"
 )
+VEU_MMA = re.compile(rf"veu_fwd_mma_kernelI({'|'.join(DTYPES)})Li(\d)E\w*?6MmaCutILi\d+ELi(\d+)ELi(\d+)EE")
 PROBE = """
 #include <cstdio>
-#include "veu.cuh"
+#include "veu_fwd_mma.cu"
+cudaStream_t cover::cuda::current_stream() { return nullptr; }
+int64_t cover::cuda::max_blocks() { return 1; }
 using namespace cover::cuda;
 template <class Cut> void print(int C, int N, int backward) {
   for (int extra : {1, 4, 5})
-    std::printf("%d %d %d %d %d %d\\n", C, N, backward, extra, kThreads, Cut::slab_rows * Cut::row_stride(extra) * 4);
+    std::printf("%d %d %d %d: %d %d\\n", C, N, backward, extra, kThreads, Cut::slab_rows * Cut::row_stride(extra) * 4);
+}
+template <int d, int C, int N> void print_mma() {
+  using Cut = MmaCut<d, C, N>;
+  std::printf("mma %d %d %d: %d %d %d\\n", d, C, N, kWarps * 32, Cut::bytes, Cut::patches);
 }
 int main() {
 #define X(C, N) print<Whole<C, N, false>>(C, N, 0), print<Whole<C, N, true>>(C, N, 1);
   COVER_VEU_SIZES(X)
+#undef X
+#define X(C, N) print_mma<2, C, N>(), print_mma<3, C, N>();
+  COVER_VEU_MMA_SIZES(X)
 }
 """
 
@@ -78,7 +88,8 @@ def compile_file(name: str, arch: int, sizes: str | None = None) -> tuple[Path, 
 
     `sizes`: the (C, N) that veu gets kernels of its own for, such as "X(8,5) X(8,7)"; the default is the source's.
     """
-    define = f"#define COVER_VEU_SIZES(X) {sizes}\n" if sizes else ""
+    macro = "COVER_VEU_MMA_SIZES" if name == "veu_fwd_mma" else "COVER_VEU_SIZES"
+    define = f"#define {macro}(X) {sizes}\n" if sizes else ""
     content = [compiler(), str(arch), define, *(p.read_text() for p in with_headers(CUDA / f"{name}.cu"))]
     folder = Path(tempfile.gettempdir()) / "cover_budget" / hashlib.sha256("\0".join(content).encode()).hexdigest()[:20]
     cubin, report = folder / f"{name}.cubin", folder / "report"
@@ -105,10 +116,10 @@ def resources(report: str) -> dict[str, dict[str, int]]:
 
 
 def inner_loops(cubin: Path) -> dict[str, Counter]:
-    """Mangled name -> the instructions of a kernel's innermost loop with the most multiply-adds, counted by name."""
+    """Mangled name -> the instructions, by name, of the loop with a kernel's products, less the loops inside it."""
     loops = {}
     for section in re.split(r"\.section\s+\.text\.", run(find("nvdisasm"), "-c", str(cubin)))[1:]:
-        instructions, labels, backward = [], {}, []
+        instructions, labels, backward = [], {}, set()
         for line in section.splitlines():
             if label := re.match(r"(\.L_x_\d+):", line):
                 labels[label[1]] = len(instructions)
@@ -116,14 +127,13 @@ def inner_loops(cubin: Path) -> dict[str, Counter]:
                 instructions.append(found[1].split(".")[0])
                 target = re.search(r"`\((\.L_x_\d+)\)", found[2])
                 if found[1].startswith("BRA") and target and target[1] in labels:
-                    backward.append((labels[target[1]], len(instructions)))
-        bodies = [
-            Counter(instructions[a:b])
-            for a, b in backward
-            if not any((a, b) != (c, d) and a <= c and d <= b for c, d in backward)
-        ]
+                    backward.add((labels[target[1]], len(instructions)))
+        bodies = []
+        for a, b in backward:
+            inside = [range(c, d) for c, d in backward if (a, b) != (c, d) and a <= c and d <= b]
+            bodies.append(Counter(instructions[i] for i in range(a, b) if not any(i in loop for loop in inside)))
         name = re.match(r"[\w$]+", section)[0]
-        loops[name] = max(bodies, key=lambda body: body["FFMA"], default=Counter())
+        loops[name] = max(bodies, key=lambda body: (body["HMMA"], body["FFMA"]), default=Counter())
     return loops
 
 
@@ -140,22 +150,32 @@ def occupancy(arch: int, registers: int, shared_bytes: int, threads: int) -> flo
     return blocks * threads / most_threads
 
 
-def shared_memory() -> dict[tuple[int, ...], tuple[int, int]]:
-    """(C, N, backward, lines beyond the channels) -> (threads, bytes of shared memory) of a block: asks veu.cuh."""
+def shared_memory() -> dict[str, tuple[int, ...]]:
+    """What the sources say of a block: "C N backward lines-beyond-the-channels" -> (threads, bytes of shared memory),
+    "mma d C N" -> (threads, bytes, patches of a warp)."""
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder, "probe.cu"), Path(folder, "probe")
         source.write_text(PROBE)
         run(find("nvcc"), "-std=c++17", f"-I{CUDA}", str(source), "-o", str(program))
-        rows = [tuple(map(int, line.split())) for line in run(str(program)).splitlines()]
-    return {row[:4]: row[4:] for row in rows}
+        rows = [line.split(":") for line in run(str(program)).splitlines()]
+    return {key: tuple(map(int, values.split())) for key, values in rows}
 
 
-def veu_entry(match: re.Match, arch: int, used: dict[str, int], loop: Counter, shared) -> tuple[str, dict]:
-    """Name and figures of a veu kernel that was compiled for its sizes."""
-    kernel, dtype, d, C, N, Q, _, of = match.groups()
-    gather = {None: "", "0": " grad_q", "1": " grad_k"}[of]
-    threads, shared_bytes = shared[int(C), int(N), int(of is not None), 2 + int(d) if of == "1" else 1]
-    pairs = int(Q) * int(N)  # of a thread in one turn of the loop: a row of the window for each of its voxels
+def veu_entry(mangled: str, arch: int, used: dict[str, int], loop: Counter, shared) -> tuple[str, dict] | None:
+    """Name and figures of a veu kernel that was compiled for its sizes, and for float32 or bfloat16; else None."""
+    if match := VEU_MMA.search(mangled):
+        dtype, d, C, N = match.groups()
+        kernel, whole = "veu_fwd mma", "1"
+        threads, shared_bytes, patches = shared[f"mma {d} {C} {N}"]
+        pairs = patches * 8 * int(N) ** 2 / 32  # of a lane in a plane of the window
+    elif match := VEU.search(mangled):
+        kernel, dtype, d, C, N, Q, whole, of = match.groups()
+        pairs = int(Q) * int(N)  # of a thread in one turn of the loop: a row of the window for each of its voxels
+        key = f"{C} {N} {int(of is not None)} {2 + int(d) if of == '1' else 1}"
+        threads, shared_bytes = shared.get(key, (0, 0))
+        kernel += {None: "", "0": " grad_q", "1": " grad_k"}[of]
+    if not match or whole != "1" or DTYPES[dtype] not in ("f32", "bf16"):
+        return None
     figures = {
         **used,
         "shared_bytes": shared_bytes,
@@ -164,22 +184,23 @@ def veu_entry(match: re.Match, arch: int, used: dict[str, int], loop: Counter, s
         "fma_per_pair": round(loop["FFMA"] / pairs, 2),
         "mix": {name: round(count / pairs, 2) for name, count in loop.most_common() if name != "NOP"},
     }
-    return f"{kernel}{gather} {DTYPES[dtype]} {d}D C={C} N={N} sm_{arch}", figures
+    return f"{kernel} {DTYPES[dtype]} {d}D C={C} N={N} sm_{arch}", figures
 
 
-def measure(architectures=ARCHITECTURES, sizes: str | None = None) -> dict[str, dict]:
-    """Kernel -> figures: of veu each kernel that was compiled for its sizes, of the rest the worst one of each file."""
+def measure(architectures=ARCHITECTURES, sizes: dict[str, str] | None = None) -> dict[str, dict]:
+    """Kernel -> figures: of veu each kernel that was compiled for its sizes, of the rest the worst one of each file.
+
+    `sizes`: file -> what compile_file takes.
+    """
     entries, shared = {}, shared_memory()
     for arch in architectures:
         for name in FILES:
-            cubin, report = compile_file(name, arch, sizes if name.startswith("veu") else None)
+            cubin, report = compile_file(name, arch, (sizes or {}).get(name))
             used, worst = resources(report), {"registers": 0, "spilled_bytes": 0}
             loops = inner_loops(cubin) if name.startswith("veu") else {}
             for mangled, figures in used.items():
-                match = VEU.search(mangled)
-                if match and match[7] == "1" and DTYPES[match[2]] in ("f32", "bf16"):
-                    key, entry = veu_entry(match, arch, figures, loops[mangled], shared)
-                    entries[key] = entry
+                if entry := veu_entry(mangled, arch, figures, loops.get(mangled, Counter()), shared):
+                    entries.update([entry])
                 else:
                     worst = {key: max(worst[key], figures[key]) for key in worst}
             entries[f"{name} others sm_{arch}"] = worst

@@ -20,7 +20,7 @@ RECORDED = json.loads(budget.BUDGET.read_text())
 KERNELS = ("veu_fwd", "veu_bwd grad_q", "veu_bwd grad_k")
 # float32, C = 8: at most 20 issued instructions for a pair, the 8 multiply-adds included; a quarter of the threads
 BARS = ("veu_fwd f32 2D C=8 N=7 sm_90", "veu_fwd f32 3D C=8 N=5 sm_90")
-SIZES = "X(8,5) X(8,7)"
+SIZES = {"veu_fwd": "X(8,5) X(8,7)", "veu_bwd": "X(8,5) X(8,7)", "veu_fwd_mma": "X(32,7)"}
 
 needs_nvcc = pytest.mark.skipif(not budget.find("nvcc"), reason="nvcc is not installed")
 needs_nvdisasm = pytest.mark.skipif(not budget.find("nvdisasm"), reason="nvdisasm is not installed")
@@ -36,6 +36,9 @@ def test_budget_covers_every_shipped_kernel_and_keeps_the_bars():
     for kernel, dtype, d, C, N, arch in product(KERNELS, ("f32", "bf16"), (2, 3), (8, 16, 32), (3, 5, 7), (80, 90)):
         name = f"{kernel} {dtype} {d}D C={C} N={N} sm_{arch}"
         assert kernels[name]["spilled_bytes"] == 0, name
+    for d, C, N, arch in product((2, 3), (16, 32), (3, 5, 7), (80, 90)):
+        name = f"veu_fwd mma bf16 {d}D C={C} N={N} sm_{arch}"
+        assert kernels[name]["spilled_bytes"] == 0, name
     assert_within_bars(kernels)
 
 
@@ -43,7 +46,7 @@ def test_budget_covers_every_shipped_kernel_and_keeps_the_bars():
 @pytest.mark.parametrize("arch", budget.ARCHITECTURES)
 @pytest.mark.parametrize("name", budget.FILES)
 def test_kernels_compile_without_warnings(name, arch):
-    cubin, report = budget.compile_file(name, arch, SIZES if name.startswith("veu") else None)
+    cubin, report = budget.compile_file(name, arch, SIZES.get(name))
     assert cubin.stat().st_size > 0
     assert "warning" not in report
 
@@ -108,7 +111,7 @@ SASS = """
 """
 
 
-def test_the_innermost_loop_with_the_multiply_adds_is_counted(monkeypatch):
+def test_the_loop_with_the_products_is_counted(monkeypatch):
     monkeypatch.setattr(budget, "find", lambda tool: tool)
     monkeypatch.setattr(budget, "run", lambda *command: SASS)
     assert budget.inner_loops(Path("a.cubin")) == {"kernel": {"LDS": 1, "FFMA": 2, "BRA": 1}}

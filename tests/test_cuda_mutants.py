@@ -1,7 +1,7 @@
 """The harness bites: seeded faults in the CUDA sources, each of which must be caught by values or by a sanitizer.
 
-A mutant is one replacement in one source. It is compiled for float32 alone, and replays recorded calls in a process of
-its own, since it may well crash.
+A mutant is one replacement in one source. It is compiled for one dtype alone, float32 unless it is in the kernels on
+tensor cores, and replays recorded calls in a process of its own, since it may well crash.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,12 @@ import torch
 from cuda_on_cpu.build import build, missing, of_types, sources
 from cuda_on_cpu.harness import replay
 from operators import CASES
-from test_cuda_on_cpu import expected, run
+from test_cuda_on_cpu import MORE, expected, run
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
-SIZES = "-DCOVER_VEU_SIZES(X)=X(8,5)"
+SIZES = ("-DCOVER_VEU_SIZES(X)=X(8,5)", "-DCOVER_VEU_MMA_SIZES(X)=X(32,5)X(32,7)")
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,13 @@ class Mutant:
     old: str
     new: str
     operator: str
-    case: str  # of operators.CASES
+    case: str  # of operators.CASES or test_cuda_on_cpu.MORE
     variant: str = "plain"  # plain: the values must give it away
     deterministic: bool = True
+
+    @property
+    def dtype(self):
+        return "bf16" if self.file == "veu_fwd_mma.cu" else "f32"
 
     def __str__(self):
         return self.why.replace(" ", "-")
@@ -101,6 +106,56 @@ MUTANTS = [
         "veu",
         "groups",
     ),
+    Mutant(
+        "no barrier before the keys make room",
+        "veu_fwd_mma.cu",
+        "__syncthreads();  // nobody reads keys any more",
+        "",
+        "veu",
+        "tensor cores, window wider than image",
+        "thread",
+    ),
+    Mutant(
+        "a column of the window's other side",
+        "veu_fwd_mma.cu",
+        "n < Cut::columns - 1 && n < query_x",
+        "n < Cut::columns - 1 && n <= query_x",
+        "veu",
+        "tensor cores, groups and mask",
+    ),
+    Mutant(
+        "a row of keys beyond the window",
+        "veu_fwd_mma.cu",
+        "(my_row + n) * 4",
+        "(my_row + n + 1) * 4",
+        "veu",
+        "tensor cores, groups and mask",
+    ),
+    Mutant(
+        "products that start without the bias",
+        "veu_fwd_mma.cu",
+        "s == 0 ? bias :",
+        "s == 1 ? bias :",
+        "veu",
+        "tensor cores, groups and mask",
+    ),
+    Mutant(
+        "planes not rescaled",
+        "veu_fwd_mma.cu",
+        "share[e].sum * decay + row",
+        "share[e].sum + row",
+        "veu",
+        "tensor cores, volume, groups and mask",
+    ),
+    Mutant(
+        "a query beyond the last row",
+        "veu_fwd_mma.cu",
+        "my_y >= g.H ||",
+        "my_y > g.H ||",
+        "veu",
+        "tensor cores, window wider than image",
+        "address",
+    ),
     Mutant("delta of one group for several", "veu_bwd.cu", "a.J > 1", "a.J > 3", "veu", "groups"),
     Mutant(
         "a masked key gets a gradient",
@@ -166,28 +221,30 @@ MUTANTS = [
 
 
 @cache
-def recorded(operator, case, deterministic):
-    """(calls of a case in float32, forward and backward, their outputs on the sources as they are)."""
-    case = next(c for c in CASES[operator] if c.why == case)
-    function, tensors, grad, _, _ = expected(operator, case, torch.float32)
+def recorded(operator, case, deterministic, dtype):
+    """(calls of a case, forward and backward, their outputs on the sources as they are)."""
+    case = next(c for c in CASES[operator] + MORE[operator] if c.why == case)
+    function, tensors, grad, _, _ = expected(operator, case, DTYPES[dtype])
     calls = run(function, tensors, grad, deterministic=deterministic)[1].calls
-    done = replay(build("plain", of_types(sources(), "f32"), SIZES), calls)
+    done = replay(build("plain", of_types(sources(), dtype), SIZES), calls)
     assert done.returncode == 0, done.stderr
     return calls, done.outputs
 
 
 def differ(outputs, expected):
     pairs = [pair for o, e in zip(outputs, expected, strict=True) for pair in zip(o, e, strict=True)]
-    return any(not np.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs)
+    # the bits of a bfloat16 are the same in every schedule
+    same = (np.array_equal(a, b) if a.dtype == np.uint16 else np.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs)
+    return not all(same)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_mutant_is_caught(mutant):
-    csrc = of_types(sources(), "f32")
+    csrc = of_types(sources(), mutant.dtype)
     path = f"cuda/{mutant.file}"
     assert mutant.old in csrc[path]
     csrc[path] = csrc[path].replace(mutant.old, mutant.new)
-    calls, outputs = recorded(mutant.operator, mutant.case, mutant.deterministic)
+    calls, outputs = recorded(mutant.operator, mutant.case, mutant.deterministic, mutant.dtype)
     done = replay(build(mutant.variant, csrc, SIZES), calls, mutant.variant)
     if mutant.variant == "plain":
         assert done.returncode or differ(done.outputs, outputs)
@@ -196,8 +253,9 @@ def test_mutant_is_caught(mutant):
 
 
 def test_sources_as_they_are_pass_the_same_checks():
-    for operator, case, deterministic in {(m.operator, m.case, m.deterministic) for m in MUTANTS}:
-        calls, outputs = recorded(operator, case, deterministic)
+    for operator, case, deterministic, dtype in {(m.operator, m.case, m.deterministic, m.dtype) for m in MUTANTS}:
+        calls, outputs = recorded(operator, case, deterministic, dtype)
+        folder = build("plain", of_types(sources(), dtype), SIZES)
         for schedule in ("reverse", "random"):
-            again = replay(build("plain", of_types(sources(), "f32"), SIZES), calls, schedule=schedule)
+            again = replay(folder, calls, schedule=schedule)
             assert not differ(again.outputs, outputs)

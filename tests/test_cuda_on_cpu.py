@@ -23,6 +23,14 @@ MORE = {
         Case("volume, kernel of its own and groups", (3, 5, 9), B=1, channels=8, heads=2, window=7, mask="random"),
         Case("window of its own kernel, another depth", (4, 5, 9), B=1, channels=8, window=(1, 5, 5)),
         Case("several tiles in depth", (3, 17, 35), B=1, channels=8, window=5),
+        # on tensor cores in bfloat16 and float16; rows of a multiple of 4 are read 4 voxels at a time
+        Case("tensor cores, several tiles", (19, 36), B=1, channels=32, window=7),
+        Case("tensor cores, groups and mask", (9, 22), channels=32, heads=2, window=5, mask="random"),
+        Case("tensor cores, mask and whole words", (6, 20), B=1, channels=16, heads=2, window=7, mask="random"),
+        Case("tensor cores, window wider than image", (3, 4), channels=32, window=5),
+        Case("tensor cores, no valid key", (4, 5), B=1, channels=32, heads=2, mask="none valid"),
+        Case("tensor cores, volume, anisotropic window", (4, 9, 6), B=1, channels=32, window=(3, 7, 7)),
+        Case("tensor cores, volume, groups and mask", (3, 9, 20), B=1, channels=32, heads=2, window=5, mask="random"),
     ],
     "warp": [],
     "compose": [],
@@ -90,11 +98,15 @@ def test_more_work_than_a_launch_may_have_blocks(operator, case):
     assert all(torch.equal(a, b) for a, b in zip(few, many, strict=True))
 
 
-def test_keys_that_take_no_part_may_hold_anything():
-    q, k = torch.randn(2, 1, 16, 6, 9, generator=torch.Generator().manual_seed(0))
-    mask = torch.rand(1, 1, 6, 9) < 0.6
-    grad = torch.ones(1, 2, 6, 9)
-    wild = torch.where(mask, k, torch.tensor(float("nan")))
+@pytest.mark.parametrize(
+    ("channels", "width", "dtype"), [(16, 9, torch.float32), (64, 9, torch.bfloat16), (64, 12, torch.bfloat16)]
+)
+def test_keys_that_take_no_part_may_hold_anything(channels, width, dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, channels, 6, width, generator=generator).to(dtype)
+    mask = torch.rand(1, 1, 6, width, generator=generator) < 0.6
+    grad = torch.ones(1, 2, 6, width)
+    wild = torch.where(mask, k, torch.tensor(float("nan"), dtype=dtype))
     for window in (5, 9):  # a kernel of its own, and the general one
 
         def function(q, k, window=window):
@@ -103,6 +115,20 @@ def test_keys_that_take_no_part_may_hold_anything():
         expected = run(function, (q, torch.where(mask, k, 0)), grad)[0]
         for a, e in zip(run(function, (q, wild), grad)[0], expected, strict=True):
             torch.testing.assert_close(a, e, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("scale", "architecture"), [(-0.2, 90), (0.0, 90), (None, 75)])
+def test_calls_that_tensor_cores_do_not_serve(scale, architecture):
+    case = Case("of the size of a kernel on tensor cores", (5, 18), channels=32, heads=2)
+    _, tensors = sample_inputs("veu", case, torch.bfloat16)
+
+    def function(q, k):
+        return cover_kernels.veu(q, k, 3, heads=2, scale=scale)
+
+    exact_tensors = [t.double() for t in tensors]
+    grad = grad_like(function(*exact_tensors))
+    same, exact = (operators.run(function, t, "reference", grad) for t in (tensors, exact_tensors))
+    assert_close(run(function, tensors, grad, architecture=architecture)[0], same, exact)
 
 
 def test_too_little_shared_memory_is_a_clear_error():

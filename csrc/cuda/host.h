@@ -1,8 +1,8 @@
 // What the kernels ask of the process that they run in: a stream, the size of a grid, and a report of errors.
 //
-// Of the CUDA runtime the launchers use nothing but kernel launches, cudaMemsetAsync, cudaFuncSetAttribute,
-// cudaDeviceGetAttribute, cudaGetDevice, cudaGetLastError and cudaGetErrorString. They allocate nothing and wait for
-// nothing, so that a call can be captured into a CUDA graph.
+// Of the CUDA runtime the launchers use nothing but kernel launches, cudaMemsetAsync, cudaFuncGetAttributes,
+// cudaFuncSetAttribute, cudaDeviceGetAttribute, cudaGetDevice, cudaGetLastError and cudaGetErrorString. They allocate
+// nothing and wait for nothing, so that a call can be captured into a CUDA graph.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -87,8 +87,7 @@ struct Geometry {
   int ny, nx, tiles;  // tiles along H, along W and of an image
 };
 
-template <class Cut>
-Geometry geometry(const Veu& a) {
+inline Geometry geometry(const Veu& a, int tile_height, int tile_width) {
   int S[3], R[3];
   for (int64_t size : {a.B, a.S[0], a.S[1], a.S[2]})
     if (size > 1 << 30)
@@ -98,7 +97,7 @@ Geometry geometry(const Veu& a) {
     // a window wider than the image sees no more than one as wide as the image
     R[i] = static_cast<int>(std::min((a.N[i] - 1) / 2, a.S[i] - 1));
   }
-  const int ny = (S[1] + kThreadsY - 1) / kThreadsY, nx = (S[2] + kThreadsX * Cut::Q - 1) / (kThreadsX * Cut::Q);
+  const int ny = (S[1] + tile_height - 1) / tile_height, nx = (S[2] + tile_width - 1) / tile_width;
   const int64_t tiles = static_cast<int64_t>(S[0]) * ny * nx;
   if (tiles > std::numeric_limits<int>::max())
     throw std::runtime_error("veu: an image may have 2^31 - 1 tiles on a GPU, got " + std::to_string(tiles));
@@ -280,6 +279,9 @@ void allow_shared(Kernel* kernel, int bytes) {
 }
 
 }  // namespace
+
+// The forward on tensor cores; false where they do not serve. The rest is that of veu_fwd or, with delta, of veu_delta.
+bool veu_fwd_mma(const Veu& a, void* delta);
 
 // delta [B, J, *S] acc, <g, v_j> for each voxel and group: what the backward needs of each group's own v.
 void veu_delta(const Veu& a, void* delta);

@@ -203,7 +203,7 @@ void launch(const Veu& a, const void* own, const void* other, void* grad) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = Acc<T>;
     using Cut = decltype(cut);
-    const Geometry g = geometry<Cut>(a);
+    const Geometry g = geometry(a, kThreadsY, kThreadsX * Cut::Q);
     const auto kernel = veu_bwd_kernel<T, decltype(d)::value, Cut, of>;
     const int bytes = Cut::slab_rows * Cut::row_stride(kExtra<of, decltype(d)::value>) * sizeof(A);
     allow_shared(kernel, bytes);

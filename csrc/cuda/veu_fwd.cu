@@ -131,11 +131,12 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, double>   ? 2
 }
 
 void launch(const Veu& a, void* delta) {
+  if (veu_fwd_mma(a, delta)) return;
   with_cut<false>(a, [&](auto* type, auto d, auto cut) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = Acc<T>;
     using Cut = decltype(cut);
-    const Geometry g = geometry<Cut>(a);
+    const Geometry g = geometry(a, kThreadsY, kThreadsX * Cut::Q);
     const auto kernel = veu_fwd_kernel<T, decltype(d)::value, Cut>;
     const int bytes = Cut::slab_rows * Cut::row_stride(1) * sizeof(A);
     allow_shared(kernel, bytes);

@@ -7,6 +7,7 @@ How it works, in the order in which a source passes through:
     include/           what the sources include of NVIDIA's headers, written anew: the built-in variables, atomics, the
                        few calls of the runtime library, half and bfloat16 as storage types. Nothing of NVIDIA's is
                        needed, so the tests run in a bare clone.
+    csrc/              what stands for a source that g++ cannot compile: tensor cores' two instructions.
     runtime.cpp        plays a launch: block after block, each CUDA thread a fiber with a stack of its own.
                        __syncthreads() yields to the next thread; when all wait, they go on. Blocks and threads take
                        their turns forward, in reverse or in random order. Shared memory starts as NaN, an array at a
@@ -21,5 +22,5 @@ What this shows: that indices, masks, tails, barriers and arithmetic are right i
 which threads run between two barriers. ThreadSanitizer is told that each fiber is a thread, that barriers order the
 memory of a block and that only the end of a launch orders that of two blocks: it reports a missing barrier even where
 the values came out right. What it cannot show: anything about speed, about the hardware's exponential (libm's stands
-for it), or about a lock-step of warps that a source should not rely on anyway.
+for it) and how tensor cores round (here: once), or about a lock-step of warps that a source should not rely on anyway.
 """

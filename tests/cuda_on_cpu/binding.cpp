@@ -186,10 +186,11 @@ PYBIND11_MODULE(kernels_on_cpu, m) {
   m.def("warp_bwd", &warp_bwd);
   m.def("compose_fwd", &compose_fwd);
   m.def("compose_bwd", &compose_bwd);
-  // of a launch along x, and of a block's shared memory in bytes
-  m.def("set_limits", [](int64_t blocks, size_t shared) {
+  // blocks of a launch along x, bytes of a block's shared memory, and the architecture, such as 90
+  m.def("set_device", [](int64_t blocks, size_t shared, int architecture) {
     block_limit = blocks;
     cuda_on_cpu::set_shared_limit(shared);
+    cuda_on_cpu::set_architecture(architecture);
   });
   m.def("to_bits", [](const std::string& dtype, py::array_t<float> values) {
     array bits(storage(dtype_of(dtype)), shape_of(values));

@@ -33,7 +33,7 @@ VARIANTS = {
 }
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # The (C, N) that veu gets kernels of its own for here: all ways of being cut. A GPU gets more.
-SIZES = "-DCOVER_VEU_SIZES(X)=X(8,7)X(8,5)X(16,3)X(32,3)"
+SIZES = ("-DCOVER_VEU_SIZES(X)=X(8,7)X(8,5)X(16,3)X(32,3)", "-DCOVER_VEU_MMA_SIZES(X)=X(16,7)X(32,3)X(32,5)X(32,7)")
 
 
 def missing() -> str:
@@ -103,13 +103,13 @@ def _compile(path: str, flags: list[str], files: dict[str, str]) -> Path:
     return target
 
 
-def build(variant: str = "plain", csrc: dict[str, str] | None = None, sizes: str = SIZES) -> Path:
+def build(variant: str = "plain", csrc: dict[str, str] | None = None, sizes: tuple[str, ...] = SIZES) -> Path:
     """Compile and link one variant, of the sources `csrc` (default: sources()); returns the folder of the module."""
     csrc = csrc or sources()
     instrument, defines = VARIANTS[variant]
-    own = [p for p in HERE.rglob("*") if p.suffix in (".h", ".cpp")]
-    files = {str(p.relative_to(HERE)): p.read_text() for p in own} | _rewritten(csrc)
-    jobs = [(p, [*FLAGS, *instrument, sizes], files) for p in files if p.endswith(".cu")]
+    own = [p for p in HERE.rglob("*") if p.suffix in (".h", ".cuh", ".cpp")]
+    files = _rewritten(csrc) | {str(p.relative_to(HERE)): p.read_text() for p in own}
+    jobs = [(p, [*FLAGS, *instrument, *sizes], files) for p in files if p.endswith(".cu")]
     jobs += [("runtime.cpp", [*FLAGS, *defines], files), ("binding.cpp", FLAGS, files)]
     with ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0)))) as pool:
         objects = list(pool.map(lambda job: _compile(*job), jobs))

@@ -48,11 +48,17 @@ def _to_numpy(value):
 class Harness(TorchDispatchMode):
     """Redirects the registered operators, forward and backward, to the kernels on the CPU, in one schedule."""
 
-    def __init__(self, schedule: str = "forward", max_blocks: int = 2**31 - 1, max_shared: int = 227 * 1024):
+    def __init__(
+        self,
+        schedule: str = "forward",
+        max_blocks: int = 2**31 - 1,
+        max_shared: int = 227 * 1024,
+        architecture: int = 90,
+    ):
         super().__init__()
         self.module = _module()
         self.module.set_schedule(schedule, 0)
-        self.module.set_limits(max_blocks, max_shared)
+        self.module.set_device(max_blocks, max_shared, architecture)
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

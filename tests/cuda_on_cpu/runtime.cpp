@@ -56,7 +56,7 @@ constexpr size_t kStack = 256 << 10, kPage = 4096;
 constexpr size_t kStaticShared = 48 << 10, kRedZone = 256;
 constexpr unsigned kWarp = 32, kMaxThreads = 1024, kMaxGridYZ = 65535;
 
-enum class State { ready, at_barrier, in_shuffle, done };
+enum class State { ready, at_barrier, in_exchange, done };
 
 struct Fiber {
   char* stack;
@@ -64,10 +64,11 @@ struct Fiber {
   void* fake_stack = nullptr;  // AddressSanitizer's
   void* tsan = nullptr;
   State state;
-  int barrier;         // line of the barrier that it waits at
-  uint64_t value;      // in a shuffle: handed in, then received
-  unsigned lane_mask;  // of that shuffle
+  int barrier;           // line of the barrier that it waits at
+  Together instruction;  // that it waits in for the other lanes
+  Message message;       // to them
   uint3 index;
+  unsigned number;  // in its block
 };
 
 struct Array {
@@ -91,6 +92,8 @@ cudaError_t last_error = cudaSuccess;
 std::exception_ptr failure;  // of a thread
 Schedule schedule = Schedule::forward;
 std::mt19937 generator;
+Message messages[kMaxThreads];    // of the current block's last exchange in each warp
+int compiled_for = 90;            // the architecture that the kernels pretend to be compiled for
 char launch_begins, launch_ends;  // what ThreadSanitizer orders memory by
 
 #ifdef COVER_TSAN
@@ -219,21 +222,20 @@ void run_threads() {
     if (f->state == State::ready) resume(f);
 }
 
-// Ends the shuffles of the warps whose lanes are all there; false where none is. Memory is not ordered by it.
-bool exchange_lanes() {
+// Hands out the messages of the warps whose lanes are all there; false where there are none. Memory is not ordered.
+bool exchange_messages() {
   bool any = false;
   for (size_t warp = 0; warp < threads.size(); warp += kWarp) {
     const size_t end = std::min(warp + kWarp, threads.size());
-    const auto lanes = [&](State state) {
-      return std::count_if(&threads[warp], &threads[end - 1] + 1, [&](const Fiber* f) { return f->state == state; });
-    };
-    if (!lanes(State::in_shuffle)) continue;
-    if (lanes(State::in_shuffle) < kWarp) fail("a lane of a full mask does not come to the shuffle", *threads[warp]);
-    uint64_t values[kWarp];
-    for (size_t i = 0; i < kWarp; i++) values[i] = threads[warp + i]->value;
-    for (size_t i = 0; i < kWarp; i++) {
-      threads[warp + i]->value = values[i ^ threads[warp + i]->lane_mask];
-      threads[warp + i]->state = State::ready;
+    const auto waits = [](const Fiber* f) { return f->state == State::in_exchange; };
+    const auto first = std::find_if(&threads[warp], &threads[end - 1] + 1, waits);
+    if (first == &threads[end - 1] + 1) continue;
+    for (size_t i = warp; i < warp + kWarp; i++) {
+      if (i >= end || !waits(threads[i])) fail("a lane does not come to an instruction of the whole warp", **first);
+      if (threads[i]->instruction != (*first)->instruction)
+        fail("the lanes of a warp are at different instructions of the whole warp", *threads[i]);
+      messages[i] = threads[i]->message;
+      threads[i]->state = State::ready;
     }
     any = true;
   }
@@ -248,6 +250,7 @@ void run_block(size_t shared_size) {
     Fiber& f = pool[(i + rotation) % pool.size()];
     f.state = State::ready;
     f.index = index_in(blockDim, i);
+    f.number = i;
     threads[i] = &f;
   }
   static_shared.clear();
@@ -263,7 +266,7 @@ void run_block(size_t shared_size) {
   release(&launch_begins);
   for (;;) {
     run_threads();
-    if (exchange_lanes()) continue;
+    if (exchange_messages()) continue;
     const Fiber* waiting = nullptr;
     for (const Fiber* f : threads)
       if (f->state == State::at_barrier) waiting = f;
@@ -298,13 +301,24 @@ void barrier(int line) {
   yield();
 }
 
-uint64_t shuffle_xor(uint64_t value, unsigned lane_mask) {
-  if (lane_mask >= kWarp) fail("a shuffle beyond the warp", *current);
-  current->state = State::in_shuffle;
-  current->value = value;
-  current->lane_mask = lane_mask;
+const Message* exchange(Together instruction, const Message& mine) {
+  current->state = State::in_exchange;
+  current->instruction = instruction;
+  current->message = mine;
   yield();
-  return current->value;
+  return &messages[current->number / kWarp * kWarp];
+}
+
+unsigned lane() {
+  return current->number % kWarp;
+}
+
+void set_architecture(int architecture) {
+  compiled_for = architecture;
+}
+
+int architecture() {
+  return compiled_for;
 }
 
 void* dynamic_shared_bytes() {

@@ -23,6 +23,9 @@ void set_schedule(Schedule schedule, unsigned seed);
 // What the device claims to allow a block, in bytes.
 void set_shared_limit(size_t bytes);
 
+// What the kernels claim to be compiled for, such as 90.
+void set_architecture(int architecture);
+
 // Runs `thread` once for each thread of the grid. Throws std::runtime_error for what CUDA leaves undefined: threads
 // that wait at different barriers, or that exit while others wait.
 void run(const void* kernel, const Configuration& configuration, const std::function<void()>& thread);

@@ -39,7 +39,16 @@ extern dim3 blockDim, gridDim;
 
 namespace cuda_on_cpu {
 void barrier(int line);
-uint64_t shuffle_xor(uint64_t value, unsigned lane_mask);
+
+// What a lane hands to its warp in an instruction that all 32 lanes execute together.
+struct Message {
+  uint32_t word[16];
+};
+enum class Together { shuffle, load_matrices, mma };
+
+// Waits for all lanes of the warp; their messages [32] are there until the lane's next call. Memory is not ordered.
+const Message* exchange(Together instruction, const Message& mine);
+unsigned lane();
 }  // namespace cuda_on_cpu
 #define __syncthreads() cuda_on_cpu::barrier(__LINE__)
 
@@ -47,12 +56,21 @@ uint64_t shuffle_xor(uint64_t value, unsigned lane_mask);
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   if (mask != 0xffffffffu) throw std::logic_error("only shuffles of a full warp are played");
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  uint64_t word = 0;
-  std::memcpy(&word, &value, sizeof(T));
-  word = cuda_on_cpu::shuffle_xor(word, lane_mask);
-  std::memcpy(&value, &word, sizeof(T));
+  cuda_on_cpu::Message message{};
+  static_assert(sizeof(T) <= sizeof(message));
+  std::memcpy(&message, &value, sizeof(T));
+  const auto* const of_lane = cuda_on_cpu::exchange(cuda_on_cpu::Together::shuffle, message);
+  std::memcpy(&value, of_lane + (cuda_on_cpu::lane() ^ lane_mask), sizeof(T));
   return value;
+}
+
+// Two words of 16 bits of b:a; of the selectors those that take halves as they are.
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  switch (selector) {
+    case 0x5410: return (a & 0xffff) | b << 16;
+    case 0x7632: return a >> 16 | (b & 0xffff0000);
+    default: throw std::logic_error("__byte_perm: this selector is not played");
+  }
 }
 
 using std::ilogb;
@@ -89,6 +107,9 @@ using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
 
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
@@ -98,10 +119,16 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 
 namespace cuda_on_cpu {
 cudaError_t allow_shared_bytes(const void* kernel, int bytes);
-}
+int architecture();
+}  // namespace cuda_on_cpu
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
   return cuda_on_cpu::allow_shared_bytes(reinterpret_cast<const void*>(kernel), value);
+}
+template <class... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+  attributes->ptxVersion = cuda_on_cpu::architecture();
+  return cudaSuccess;
 }
 
 #include "../runtime.h"
