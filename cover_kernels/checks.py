@@ -4,6 +4,8 @@ Each message names the operator and the argument, says what was expected and wha
 """
 
 from collections.abc import Iterable
+from operator import index
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -55,12 +57,25 @@ def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shap
         )
 
 
+def promoted(x: Tensor, like: Tensor) -> Tensor:
+    """`x`, under autocast in the wider of both dtypes: what comes of convolutions meets what does not."""
+    if not all(isinstance(t, Tensor) and t.dtype in DTYPES for t in (x, like)) or x.dtype == like.dtype:
+        return x
+    autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return x.to(torch.promote_types(x.dtype, like.dtype)) if autocast else x
+
+
+def is_count(value) -> bool:
+    """Whether `value` is an int above 0, and not a bool."""
+    return isinstance(value, SupportsIndex) and not isinstance(value, (bool, Tensor)) and 1 <= index(value) < 2**31
+
+
 def per_axis(op: str, name: str, value, d: int) -> list[int]:
     """An int or one int per axis, as a list of d positive ints."""
-    values = list(value) if isinstance(value, Iterable) else [value] * d
-    if len(values) != d or not all(isinstance(v, int) and v >= 1 for v in values):
+    values = list(value) if isinstance(value, Iterable) and not isinstance(value, Tensor) else [value] * d
+    if len(values) != d or not all(map(is_count, values)):
         raise ValueError(f"{op}: `{name}` must be a positive int or {d} of them, one per spatial axis, got {value!r}")
-    return values
+    return list(map(index, values))
 
 
 def coarse_shape(op: str, stride: list[int], fine_name: str, fine: Tensor) -> list[int]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cover_kernels.checks import check_image, check_like, coarse_shape, per_axis
+from cover_kernels.checks import check_image, check_like, coarse_shape, per_axis, promoted
 from cover_kernels.operators import register
 
 
@@ -15,7 +15,8 @@ def compose(flow: Tensor, residual: Tensor, stride: int | tuple[int, ...] = 1) -
     (COVER, "Vector Pyramid Aggregation".)
 
     Args:
-        flow: [B, d, *(S / stride)], in voxels of its own level; same dtype as `residual`.
+        flow: [B, d, *(S / stride)], in voxels of its own level; same dtype as `residual`. Under autocast the wider of
+            both dtypes is taken.
         residual: [B, d, *S] with S = (H, W) or (D, H, W), in voxels; float64, float32, bfloat16 or float16.
         stride: how many times coarser than `residual` the flow is, an int or one per axis; must divide S.
 
@@ -27,6 +28,7 @@ def compose(flow: Tensor, residual: Tensor, stride: int | tuple[int, ...] = 1) -
             forward-mode derivatives.
     """
     d = check_image("compose", "residual", residual, "d")
+    flow, residual = promoted(flow, residual), promoted(residual, flow)
     if residual.shape[1] != d:
         raise ValueError(f"compose: `residual` must have {d} channels, one per axis, got {list(residual.shape)}")
     stride = per_axis("compose", "stride", stride, d)

@@ -1,9 +1,11 @@
 """VEU, the Vector Embedding Unit: windowed attention whose values are the offsets of the window themselves."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from cover_kernels.checks import acc_dtype, check_image, check_like, per_axis
+from cover_kernels.checks import acc_dtype, check_image, check_like, is_count, per_axis, promoted
 from cover_kernels.operators import register
 
 
@@ -30,7 +32,7 @@ def veu(
         k: keys, same shape, dtype and device as `q`. Under autocast the wider of both dtypes is taken.
         window: odd window width N in voxels, or one per axis in array order; may be wider than the image.
         heads: J, the number of vector groups.
-        scale: 1 / tau; default C ** -0.5.
+        scale: 1 / tau, a number; default C ** -0.5. For a temperature that is learned, multiply `q` by it.
         mask: bool [B, 1, *S], True where a key takes part.
 
     Returns:
@@ -42,19 +44,19 @@ def veu(
             forward-mode derivatives.
     """
     d = check_image("veu", "q", q, "J*C")
-    if isinstance(k, Tensor) and q.dtype != k.dtype and torch.is_autocast_enabled(q.device.type):
-        wide = torch.promote_types(q.dtype, k.dtype)
-        q, k = q.to(wide), k.to(wide)
+    q, k = promoted(q, k), promoted(k, q)
     check_like("veu", "k", k, "q", q, q.shape)
     window = per_axis("veu", "window", window, d)
     if any(n % 2 == 0 for n in window):
         raise ValueError(f"veu: `window` must be odd on every axis, got {window}")
-    if not isinstance(heads, int) or heads < 1 or q.shape[1] % heads:
+    if not is_count(heads) or q.shape[1] % heads:
         raise ValueError(f"veu: `heads` must be a positive int that divides the {q.shape[1]} channels, got {heads!r}")
     if scale is None:
         scale = (q.shape[1] // heads) ** -0.5
-    elif not isinstance(scale, (int, float)):
-        raise TypeError(f"veu: `scale` must be a number, got {type(scale).__name__}")
+    elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise TypeError(
+            f"veu: `scale` must be a finite number, got {scale!r}; to learn it, multiply `q` by it and give scale=1"
+        )
     if mask is not None:
         check_like("veu", "mask", mask, "q", q, (q.shape[0], 1, *q.shape[2:]), (torch.bool,))
     return torch.ops.cover_kernels.veu_fwd(q, k, window, heads, float(scale), mask)[0]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cover_kernels.checks import acc_dtype, check_image, check_like, coarse_shape, per_axis
+from cover_kernels.checks import acc_dtype, check_image, check_like, coarse_shape, per_axis, promoted
 from cover_kernels.operators import register
 
 
@@ -17,7 +17,7 @@ def warp(x: Tensor, flow: Tensor, stride: int | tuple[int, ...] = 1, padding: st
     Args:
         x: [B, C, H, W] or [B, C, D, H, W]; float64, float32, bfloat16 or float16.
         flow: [B, d, *(S / stride)], in voxels of its own level; component i moves along spatial axis i. The dtype of
-            `x` or float32 (float64 beside float64).
+            `x` or float32 (float64 beside float64); under autocast any, and the wider of both is taken.
         stride: how many times coarser than `x` the flow is, an int or one per axis; must divide S.
         padding: what lies outside the image, "zeros" or "border" (the nearest voxel).
 
@@ -31,6 +31,7 @@ def warp(x: Tensor, flow: Tensor, stride: int | tuple[int, ...] = 1, padding: st
     d = check_image("warp", "x", x)
     stride = per_axis("warp", "stride", stride, d)
     shape = (x.shape[0], d, *coarse_shape("warp", stride, "x", x))
+    flow = promoted(flow, x)
     check_like("warp", "flow", flow, "x", x, shape, (x.dtype, acc_dtype(x.dtype)))
     if padding not in ("zeros", "border"):
         raise ValueError(f'warp: `padding` must be "zeros" or "border", got {padding!r}')

@@ -1,8 +1,9 @@
 // A backend's kernels as implementations of cover_kernels/schemas.py, through LibTorch's stable ABI: what all
 // backends share.
 //
-// The arguments were checked in Python; here outputs are allocated and sizes are copied out. `Guard` makes the device
-// of a tensor current while it lives. Only the bindings know torch.
+// Python has checked the arguments and named what was wrong; the checks here keep a raw call of the operators inside
+// its tensors. Then outputs are allocated and sizes are copied out. `Guard` makes the device of a tensor current while
+// it lives. Only the bindings know torch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -42,8 +43,41 @@ inline void copy_axes(const Values& values, int64_t first, int64_t d, int64_t (&
   for (int64_t i = 0; i < d; i++) out[3 - d + i] = values[first + i];
 }
 
+// Fails unless `t` has this shape and dtype, and is where `like` is.
+inline void expect(const char* what, const Tensor& t, const Ints& shape, ScalarType dtype, const Tensor& like) {
+  const auto sizes = t.sizes();
+  STD_TORCH_CHECK(Ints(sizes.begin(), sizes.end()) == shape, what, " does not have the shape that the others ask for");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, what, " does not have the dtype that the others ask for");
+  STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), what,
+                  " is not on the device of the others");
+}
+
+// Fails unless `t` is an image or a volume, and `per_axis` has a number above 0 for each of its axes.
+inline void expect_image(const char* op, const Tensor& t, const Ints& per_axis) {
+  STD_TORCH_CHECK(t.dim() == 4 || t.dim() == 5, op, ": expected [B, C, *S] with 2 or 3 spatial axes");
+  STD_TORCH_CHECK(static_cast<int64_t>(per_axis.size()) == t.dim() - 2, op, ": expected a number for each axis");
+  for (int64_t i = 1; i < t.dim(); i++) STD_TORCH_CHECK(t.size(i) > 0, op, ": expected no empty axis");
+  for (const int64_t n : per_axis) STD_TORCH_CHECK(n > 0, op, ": expected numbers above 0 for the axes");
+}
+
+// [B, channels, *(S / stride)] for an image [B, C, *S].
+inline Ints shape_like(const char* op, const Tensor& image, int64_t channels, const Ints& stride = {}) {
+  Ints shape{image.size(0), channels};
+  for (int64_t i = 0; i < image.dim() - 2; i++) {
+    const int64_t s = stride.empty() ? 1 : stride[i];
+    STD_TORCH_CHECK(image.size(2 + i) % s == 0, op, ": the stride does not divide the spatial shape");
+    shape.push_back(image.size(2 + i) / s);
+  }
+  return shape;
+}
+
 inline Veu veu_args(const Tensor& q, const Tensor& k, const Ints& window, int64_t heads, double scale,
                     const std::optional<Tensor>& mask) {
+  expect_image("veu", q, window);
+  for (const int64_t n : window) STD_TORCH_CHECK(n % 2 == 1, "veu: expected an odd window");
+  STD_TORCH_CHECK(heads > 0 && q.size(1) % heads == 0, "veu: the heads do not divide the channels");
+  expect("veu: k", k, shape_like("veu", q, q.size(1)), q.scalar_type(), q);
+  if (mask) expect("veu: mask", *mask, shape_like("veu", q, 1), ScalarType::Bool, q);
   Veu a{};
   a.dtype = dtype_of(q);
   a.B = q.size(0), a.J = heads, a.C = q.size(1) / heads, a.d = q.dim() - 2;
@@ -75,10 +109,8 @@ std::tuple<Tensor, Tensor> veu_fwd(Tensor q, Tensor k, Ints window, int64_t head
   const Guard guard(q);
   q = torch::stable::contiguous(q), k = torch::stable::contiguous(k), mask = contiguous(mask);
   Veu a = veu_args(q, k, window, heads, scale, mask);
-  Ints v_shape{a.B, a.d}, lse_shape{a.B, a.J};
-  for (int64_t i = 0; i < a.d; i++) v_shape.push_back(q.size(2 + i)), lse_shape.push_back(q.size(2 + i));
-  Tensor v = torch::stable::new_empty(q, v_shape, acc_dtype(q));
-  Tensor lse = torch::stable::new_empty(q, lse_shape, acc_dtype(q));
+  Tensor v = torch::stable::new_empty(q, shape_like("veu", q, a.d), acc_dtype(q));
+  Tensor lse = torch::stable::new_empty(q, shape_like("veu", q, a.J), acc_dtype(q));
   a.v = v.mutable_data_ptr(), a.lse = lse.mutable_data_ptr();
   if (a.B) kernels().veu_fwd(a);
   return {v, lse};
@@ -91,6 +123,9 @@ std::tuple<Tensor, Tensor> veu_bwd(Tensor grad_v, Tensor q, Tensor k, Tensor v, 
   grad_v = torch::stable::contiguous(grad_v), q = torch::stable::contiguous(q), k = torch::stable::contiguous(k);
   v = torch::stable::contiguous(v), lse = torch::stable::contiguous(lse), mask = contiguous(mask);
   Veu a = veu_args(q, k, window, heads, scale, mask);
+  expect("veu: grad_v", grad_v, shape_like("veu", q, a.d), acc_dtype(q), q);
+  expect("veu: v", v, shape_like("veu", q, a.d), acc_dtype(q), q);
+  expect("veu: lse", lse, shape_like("veu", q, a.J), acc_dtype(q), q);
   Tensor grad_q = torch::stable::new_empty(q, q.sizes()), grad_k = torch::stable::new_empty(k, k.sizes());
   a.v = const_cast<void*>(v.const_data_ptr()), a.lse = const_cast<void*>(lse.const_data_ptr());
   a.grad_v = grad_v.const_data_ptr();
@@ -101,6 +136,9 @@ std::tuple<Tensor, Tensor> veu_bwd(Tensor grad_v, Tensor q, Tensor k, Tensor v, 
 }
 
 inline Warp warp_args(const Tensor& x, const Tensor& flow, const Ints& stride, bool border) {
+  expect_image("warp", x, stride);
+  const bool same = flow.scalar_type() == x.scalar_type();
+  expect("warp: flow", flow, shape_like("warp", x, x.dim() - 2, stride), same ? x.scalar_type() : acc_dtype(x), x);
   Warp a{};
   a.dtype = dtype_of(x), a.flow_dtype = dtype_of(flow);
   a.B = x.size(0), a.C = x.size(1), a.d = x.dim() - 2;
@@ -128,6 +166,7 @@ std::tuple<Tensor, Tensor> warp_bwd(Tensor grad_y, Tensor x, Tensor flow, Ints s
   const Guard guard(x);
   grad_y = torch::stable::contiguous(grad_y), x = torch::stable::contiguous(x), flow = torch::stable::contiguous(flow);
   Warp a = warp_args(x, flow, stride, border);
+  expect("warp: grad_y", grad_y, shape_like("warp", x, a.C), x.scalar_type(), x);
   Tensor grad_x = torch::stable::new_empty(x, x.sizes()), grad_flow = torch::stable::new_empty(flow, flow.sizes());
   a.grad_y = grad_y.const_data_ptr();
   a.deterministic = deterministic;
@@ -138,6 +177,10 @@ std::tuple<Tensor, Tensor> warp_bwd(Tensor grad_y, Tensor x, Tensor flow, Ints s
 }
 
 inline Compose compose_args(const Tensor& flow, const Tensor& residual, const Ints& stride) {
+  const int64_t d = residual.dim() - 2;
+  expect_image("compose", residual, stride);
+  expect("compose: residual", residual, shape_like("compose", residual, d), residual.scalar_type(), residual);
+  expect("compose: flow", flow, shape_like("compose", residual, d, stride), residual.scalar_type(), residual);
   Compose a{};
   a.dtype = dtype_of(residual);
   a.B = residual.size(0), a.d = residual.dim() - 2;
@@ -164,6 +207,7 @@ std::tuple<Tensor, Tensor> compose_bwd(Tensor grad_y, Tensor flow, Tensor residu
   grad_y = torch::stable::contiguous(grad_y);
   flow = torch::stable::contiguous(flow), residual = torch::stable::contiguous(residual);
   Compose a = compose_args(flow, residual, stride);
+  expect("compose: grad_y", grad_y, shape_like("compose", residual, a.d), residual.scalar_type(), residual);
   Tensor grad_flow = torch::stable::new_empty(flow, flow.sizes());
   Tensor grad_residual = torch::stable::new_empty(residual, residual.sizes());
   a.grad_y = grad_y.const_data_ptr();

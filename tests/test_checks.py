@@ -61,8 +61,12 @@ BAD = [
     ("warp", {"flow": [0.0]}, TypeError, "`flow` must be a tensor, got list"),
     ("veu", {"q": zeros(1, 6, 4, 8).to_sparse()}, TypeError, "`q` must be a dense tensor, got torch.sparse_coo"),
     ("compose", {"flow": zeros(1, 2, 4, 8).to_sparse()}, TypeError, "`flow` must be a dense tensor, got torch.sparse"),
-    ("veu", {"scale": "1"}, TypeError, "`scale` must be a number, got str"),
-    ("veu", {"scale": torch.ones(2)}, TypeError, "`scale` must be a number, got Tensor"),
+    ("veu", {"window": True}, ValueError, "`window` must be a positive int or 2 of them"),
+    ("veu", {"window": torch.tensor(3)}, ValueError, "`window` must be a positive int or 2 of them"),
+    ("veu", {"window": 2**63 + 1}, ValueError, "`window` must be a positive int or 2 of them"),
+    ("veu", {"scale": torch.ones((), requires_grad=True)}, TypeError, "`scale` must be a finite number, got tensor.*"),
+    ("veu", {"scale": float("nan")}, TypeError, "`scale` must be a finite number, got nan"),
+    ("veu", {"scale": "x"}, TypeError, "`scale` must be a finite number, got 'x'"),
     ("warp", {"padding": "wrap"}, ValueError, '`padding` must be "zeros" or "border", got \'wrap\''),
 ]
 

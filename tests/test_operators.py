@@ -8,9 +8,11 @@ import operators
 import pytest
 import torch
 from operators import CASES, DTYPES, OPERATORS, PARAMETERS, assert_close, grad_like, run, sample_inputs
+from torch import zeros
 from torch.autograd import forward_ad
 
 import cover_kernels
+from cover_kernels.measure import peak_above
 
 BACKENDS = operators.compiled_backends()
 
@@ -78,6 +80,56 @@ def test_second_derivative_is_a_clear_error(operator):
     first = torch.autograd.grad(function(*tensors).square().sum(), tensors, create_graph=True)
     with pytest.raises(RuntimeError, match=f"{operator} can be differentiated once"):
         torch.autograd.grad(first[0].square().sum(), tensors)
+
+
+RAW = {
+    "veu": (zeros(1, 8, 9, 10), zeros(1, 8, 9, 10), [3, 3], 2, 1.0, None),
+    "warp": (zeros(1, 3, 8, 8), zeros(1, 2, 4, 4), [2, 2], False),
+    "compose": (zeros(1, 2, 4, 4), zeros(1, 2, 8, 8), [2, 2]),
+}
+# what the Python functions refuse with names, a call of the registered operator must not read beyond its tensors for
+MISFITS = [
+    ("veu", 1, zeros(1, 8, 1, 1)),
+    ("veu", 1, zeros(1, 4, 9, 10)),
+    ("veu", 1, zeros(1, 8, 9, 10).double()),
+    ("veu", 2, [3]),
+    ("veu", 2, [3, 4]),
+    ("veu", 3, 3),
+    ("veu", 5, torch.ones(1, 1, 9, 9, dtype=torch.bool)),
+    ("veu", 5, zeros(1, 1, 9, 10)),
+    ("warp", 1, zeros(1, 2, 4, 3)),
+    ("warp", 1, zeros(1, 2, 4, 4).half()),
+    ("warp", 2, [2]),
+    ("warp", 2, [0, 2]),
+    ("compose", 0, zeros(1, 2, 3, 4)),
+    ("compose", 0, zeros(1, 3, 4, 4)),
+    ("compose", 1, zeros(1, 3, 8, 8)),
+    ("compose", 2, [3, 2]),
+]
+
+
+@pytest.mark.parametrize(("operator", "position", "value"), MISFITS)
+def test_a_raw_call_that_does_not_fit_is_refused(operator, position, value):
+    for name in BACKENDS:
+        forward = getattr(getattr(torch.ops, f"cover_kernels_{name}"), f"{operator}_fwd")
+        arguments = [a.to(operators.DEVICE) if isinstance(a, torch.Tensor) else a for a in RAW[operator]]
+        forward(*arguments)
+        arguments[position] = value.to(operators.DEVICE) if isinstance(value, torch.Tensor) else value
+        with pytest.raises(RuntimeError, match=f"{operator}: "):
+            forward(*arguments)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_raw_backward_that_does_not_fit_is_refused(operator):
+    case = CASES[operator][2]
+    _, arguments = raw_arguments(operator, case)
+    for name in BACKENDS:
+        backward = getattr(getattr(torch.ops, f"cover_kernels_{name}"), f"{operator}_bwd")
+        backward(*arguments)
+        for i, tensor in enumerate(arguments):
+            if isinstance(tensor, torch.Tensor):
+                with pytest.raises(RuntimeError, match=f"{operator}: "):
+                    backward(*arguments[:i], tensor[..., :-1], *arguments[i + 1 :])
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -205,9 +257,34 @@ def test_autocast(dtype):
         mixed = cover_kernels.veu(q.to(dtype), k, 3)
         half = cover_kernels.veu(q.to(dtype), k.to(dtype), 3)
         warped = cover_kernels.warp(k.to(dtype), u)
-    assert torch.equal(mixed, cover_kernels.veu(q.to(dtype).float(), k, 3))
+        sampled = cover_kernels.warp(k, u.to(dtype))
+        chained = [cover_kernels.compose(u.to(dtype), u), cover_kernels.compose(u, u.to(dtype))]
+        with pytest.raises(TypeError, match="`k` must be"):
+            cover_kernels.veu(q, k.int(), 3)
     assert half.dtype == torch.float32
     assert warped.dtype == dtype
+    assert torch.equal(mixed, cover_kernels.veu(q.to(dtype).float(), k, 3))
+    wide = u.to(dtype).float()
+    assert torch.equal(sampled, cover_kernels.warp(k, wide))
+    assert torch.equal(chained[0], cover_kernels.compose(wide, u))
+    assert torch.equal(chained[1], cover_kernels.compose(u, wide))
+
+
+@pytest.mark.skipif(operators.DEVICE != "cpu", reason="of the CPU kernels")
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2], ids=str
+)
+@pytest.mark.parametrize("operator", ["warp", "compose"])
+def test_gradients_take_little_memory_beside_themselves(operator, dtypes):
+    S = (6, 512, 512)
+    x, flow = torch.randn(1, 3, *S).to(dtypes[0]), torch.randn(1, 3, *S).to(dtypes[1])
+    if operator == "compose":
+        x = x.to(flow.dtype)
+    leaves = x.requires_grad_(), flow.requires_grad_()
+    with cover_kernels.use_backend("cpu"):
+        y = getattr(cover_kernels, operator)(*leaves)
+        used, _ = peak_above(lambda: torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True))
+    assert used < sum(t.numel() * t.element_size() for t in (*leaves, y)) + 16e6
 
 
 @pytest.mark.skipif(operators.DEVICE != "cpu", reason="instruction sets are the CPU's")
