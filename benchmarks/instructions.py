@@ -3,8 +3,8 @@
     python instructions.py                  a table
     python instructions.py --json FILE      also a file that compare.py takes, as it takes the full form's
 
-One thread. Valgrind knows no AVX-512, so what is counted are the AVX2 kernels, which are the same source. Needs
-valgrind with its headers, and a C compiler.
+One thread. Valgrind knows no AVX-512, so what is counted are the AVX2 kernels: the same source but for the exponential.
+Needs valgrind with its headers, and a C compiler.
 """
 
 import argparse

@@ -147,6 +147,26 @@ def test_memory_is_outputs_log_sum_exp_and_little_scratch(window):
     assert used < size * 2 * heads * channels + scratch
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU kernels")
+def test_large_planes_and_deep_windows_are_worked_on_in_strips():
+    """What a ring of window-deep planes would hold is 20 MB here; the voxels beyond a cut must not miss the others'."""
+    q, k = torch.randn(2, 1, 2, 9, 768, 768, generator=torch.Generator().manual_seed(0))
+    q.requires_grad_(), k.requires_grad_()
+    with cover_kernels.use_backend("cpu"):
+        v = veu(q, k, (9, 3, 1), 2)
+        grad = torch.randn(v.shape, generator=torch.Generator().manual_seed(1))
+        used, grads = peak_above(lambda: torch.autograd.grad(v, (q, k), grad, retain_graph=True))
+    assert used < 2 * 4 * q.numel() + 16e6
+    for low in (0, 250, 500, 700):
+        part = (..., slice(low, low + 68), slice(None, 64))
+        q_part, k_part = q[part].detach().requires_grad_(), k[part].detach().requires_grad_()
+        with cover_kernels.use_backend("reference"):
+            expected = torch.autograd.grad(veu(q_part, k_part, (9, 3, 1), 2), (q_part, k_part), grad[part])
+        inner = slice(2 if low else 0, -2 if low < 700 else None)  # what lies beyond the cut of the part matters there
+        for whole, small in zip(grads, expected, strict=True):
+            torch.testing.assert_close(whole[part][..., inner, :], small[..., inner, :], rtol=1e-4, atol=1e-5)
+
+
 def arguments(**changes):
     given = {"q": torch.zeros(1, 4, 5, 6), "k": torch.zeros(1, 4, 5, 6), "window": 3, "heads": 2}
     return {**given, **changes}

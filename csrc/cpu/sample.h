@@ -259,34 +259,35 @@ struct Tiling {
   }
 };
 
+constexpr int64_t kSums = 1 << 20;  // of half precision that a thread holds at a time, unless one line is more
+
 // The gradient of an image [B, C, *S] in T that was sampled in tiles: place(b, box, tile) sets a tile's positions, and
 // load(b, first channel, channels, segment, dst) the gradient of what was sampled in a segment.
 //
-// Each thread owns lines of the outermost axis (D, or H in 2D), and adds all that falls there, tile after tile. Tiles
-// that read lines of several owners are worked on by each of them, so that a sum does not depend on who owns it.
+// Each thread owns rows of voxels, and adds all that falls there, tile after tile. Tiles that read rows of several
+// owners are worked on by each of them, so that a sum does not depend on who owns it.
 template <class T, class I, int d, class Place, class Load>
 inline void image_gradient(int64_t B, int64_t C, const Grid& image, const Tiling<d>& tiles, bool border, T* grad,
                            const Place& place, const Load& load) {
   using A = Acc<T>;
   constexpr int64_t W = kWidth<A>;
-  // half precision is added up in float, a few lines at a time
+  // half precision is added up in float, a few rows at a time
   constexpr bool kDirect = std::is_same_v<T, A>;
-  constexpr int64_t kSums = 1 << 20;
-  const int64_t blocks = (C + W - 1) / W, outer = image.S[3 - d], line = image.numel() / outer;
+  const int64_t blocks = (C + W - 1) / W, row = image.S[2], outer = image.numel() / row;
   parallel_for(B * blocks * outer, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<Tile<A, I, d>> tile(new Tile<A, I, d>);
     while (begin < end) {
       const int64_t b = begin / (blocks * outer), block = begin / outer % blocks, first = begin % outer;
-      const int64_t lines = min(min(outer - first, end - begin), kDirect ? outer : max<int64_t>(1, kSums / (W * line)));
+      const int64_t rows = min(min(outer - first, end - begin), kDirect ? outer : max<int64_t>(1, kSums / (W * row)));
       // all blocks of channels that are owned whole go through the same cells
-      const int64_t together = kDirect && lines == outer ? min(blocks - block, (end - begin) / outer) : 1;
+      const int64_t together = kDirect && rows == outer ? min(blocks - block, (end - begin) / outer) : 1;
       const int64_t c0 = block * W, channels = min(together * W, C - c0);
-      const Range range{first * line, (first + lines) * line};
+      const Range range{first * row, (first + rows) * row};
       T* const own = grad + (b * C + c0) * image.numel() + range.begin;
-      Scratch<A> memory(kDirect ? 0 : channels * lines * line);
-      A* const sums = kDirect ? reinterpret_cast<A*>(own) : memory.take(channels * lines * line);
-      const int64_t stride = kDirect ? image.numel() : lines * line;
-      for (int64_t c = 0; c < channels; c++) fill(sums + c * stride, lines * line, A(0));
+      Scratch<A> memory(kDirect ? 0 : channels * rows * row);
+      A* const sums = kDirect ? reinterpret_cast<A*>(own) : memory.take(channels * rows * row);
+      const int64_t stride = kDirect ? image.numel() : rows * row;
+      for (int64_t c = 0; c < channels; c++) fill(sums + c * stride, rows * row, A(0));
       for (int64_t i = 0; i < tiles.count(); i++) {
         place(b, tiles[i], *tile);
         if (!tile->reads(range)) continue;
@@ -303,8 +304,8 @@ inline void image_gradient(int64_t B, int64_t C, const Grid& image, const Tiling
       }
       if (!kDirect)
         for (int64_t c = 0; c < channels; c++)
-          for (int64_t x = 0; x < lines * line; x++) own[c * image.numel() + x] = static_cast<T>(sums[c * stride + x]);
-      begin += together * lines;
+          for (int64_t x = 0; x < rows * row; x++) own[c * image.numel() + x] = static_cast<T>(sums[c * stride + x]);
+      begin += together * rows;
     }
   });
 }

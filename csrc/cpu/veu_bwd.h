@@ -5,11 +5,11 @@
 //   queries:  t(o) = w(o) (<g, o> - D),  A = sum t(o) k(p + o),  grad_q = (A - excess * sum w(o) k(p + o)) scale / J,
 //             excess = sum t(o), which is delta_j - D and vanishes when there is one group;
 //   keys:     grad_k(p') = sum w (<g, o> - delta_j) q(p' - o) scale / J, delta_j = D + excess of the query.
-// The excess of a query reaches the keys through a ring buffer over tiles, a few MB whatever the image.
+// The excess of a query reaches the keys through a ring buffer over tiles, 4 MB whatever the image and the window.
 namespace cover {
 namespace COVER_ISA {
 
-constexpr int64_t kRingElements = 1 << 20;  // of the excess, unless one window-deep slab of one group needs more
+constexpr int64_t kRingElements = 1 << 20;  // of the excess, about
 
 template <class A>
 struct BackwardBuffers {
@@ -233,51 +233,75 @@ inline void grad_keys(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<
   }
 }
 
+// Tiles of the rows [low, high) of tiles of every plane, in the order of z, y, x.
+template <class A>
+struct Strip {
+  const VeuTiles<A>& t;
+  int64_t low, high;
+  int64_t plane() const { return (high - low) * t.nx; }
+  int64_t count() const { return t.D * plane(); }
+  int64_t row(int64_t i) const { return low + i / t.nx % (high - low); }
+  VeuTile<A> operator[](int64_t i) const { return VeuTile<A>(t, (i / plane() * t.ny + row(i)) * t.nx + i % t.nx); }
+  // The tile that holds voxel row y of plane z and voxels from tile_x * width on.
+  int64_t index(int64_t z, int64_t y, int64_t tile_x) const { return z * plane() + (y / t.rows - low) * t.nx + tile_x; }
+};
+
 template <class A>
 inline void veu_bwd(const Veu& a) {
   const VeuTiles<A> t(a);
-  // tiles are in the order of z, y, x: this many on either side hold every query that a tile's keys see
-  const int64_t reach = (t.R[0] * t.ny + (t.R[1] + t.rows - 1) / t.rows + 1) * t.nx;
-  const int64_t tile_size = t.rows * t.width, images = a.B * a.J;
-  // images that are worked on together, and tiles of each between two turns of the ring
-  int64_t together = images, step = t.n, ring_tiles = 0;
-  if (a.J > 1) {
-    together = max<int64_t>(1, min(images, kRingElements / (t.n * tile_size)));
-    if (t.n * tile_size > kRingElements) step = max<int64_t>(t.ny * t.nx, kRingElements / tile_size - 2 * reach);
-    ring_tiles = min(t.n, step + 2 * reach);
-  }
-  Scratch<A> ring_memory(together * ring_tiles * tile_size);
-  A* ring = a.J > 1 ? ring_memory.take(together * ring_tiles * tile_size) : nullptr;
-  const auto slot = [&](int64_t image, int64_t tile) {
-    return ring + (image % together * ring_tiles + tile % ring_tiles) * tile_size;
-  };
-  // calls f(image, tile, buffers) for tiles [first, last) of every image of a batch of images, on all threads
-  const auto for_tiles = [&](int64_t first_image, int64_t first, int64_t last, const auto& f) {
-    const int64_t n = last - first;
-    parallel_for(min(together, images - first_image) * n, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(BackwardBuffers<A>::size(t));
-      const BackwardBuffers<A> buffers(t, scratch);
-      for (int64_t i = begin; i < end; i++) f(first_image + i / n, first + i % n, buffers);
-    });
-  };
-  for (int64_t image = 0; image < images; image += together) {
-    int64_t done = 0;
-    for (int64_t first = 0; first < t.n; first += step) {
-      const int64_t last = min(t.n, first + step), ready = min(t.n, last + reach);
-      for_tiles(image, done, ready, [&](int64_t i, int64_t tile, const BackwardBuffers<A>& s) {
-        grad_queries(t, i / a.J, i % a.J, VeuTile<A>(t, tile), s, a.J > 1 ? slot(i, tile) : nullptr);
+  const int64_t tile_size = t.rows * t.width, images = a.B * a.J, most = kRingElements / tile_size;
+  const int64_t halo = (t.R[1] + t.rows - 1) / t.rows;  // rows of tiles that a tile's keys see on either side
+  // where window-deep slabs of the planes are too large for the ring, strips of the planes follow each other
+  int64_t strip_rows = t.ny;
+  const auto deep = [&] { return (2 * t.R[0] + 1) * min(t.ny, strip_rows + 2 * halo) * t.nx; };
+  while (a.J > 1 && strip_rows > 1 && deep() > most) strip_rows = (strip_rows + 1) / 2;
+  for (int64_t y = 0; y < t.ny; y += strip_rows) {
+    const int64_t end = min(t.ny, y + strip_rows);
+    const Strip<A> strip{t, max<int64_t>(0, y - halo), min(t.ny, end + halo)};
+    const int64_t n = strip.count(), plane = strip.plane();
+    // this many tiles on either side hold every query that a tile's keys see
+    const int64_t reach = t.R[0] * plane + (halo + 1) * t.nx;
+    // images that are worked on together, and tiles of each between two turns of the ring
+    int64_t together = images, step = n, ring_tiles = 0;
+    if (a.J > 1) {
+      together = max<int64_t>(1, min(images, most / n));
+      if (n > most) step = max(plane, most - 2 * reach);
+      ring_tiles = min(n, step + 2 * reach);
+    }
+    Scratch<A> ring_memory(together * ring_tiles * tile_size);
+    A* ring = a.J > 1 ? ring_memory.take(together * ring_tiles * tile_size) : nullptr;
+    const auto slot = [&](int64_t image, int64_t tile) {
+      return ring + (image % together * ring_tiles + tile % ring_tiles) * tile_size;
+    };
+    // calls f(image, tile, buffers) for tiles [first, last) of every image of a batch of images, on all threads
+    const auto for_tiles = [&](int64_t first_image, int64_t first, int64_t last, const auto& f) {
+      const int64_t tiles = last - first;
+      parallel_for(min(together, images - first_image) * tiles, [&](int64_t begin, int64_t end) {
+        Scratch<A> scratch(BackwardBuffers<A>::size(t));
+        const BackwardBuffers<A> buffers(t, scratch);
+        for (int64_t i = begin; i < end; i++) f(first_image + i / tiles, first + i % tiles, buffers);
       });
-      done = ready;
-      for_tiles(image, first, last, [&](int64_t i, int64_t tile, const BackwardBuffers<A>& s) {
-        grad_keys(t, i / a.J, i % a.J, VeuTile<A>(t, tile), s, [&](int64_t z, int64_t y, int64_t x, int64_t n, A* dst) {
-          for (int64_t x1 = x; x1 < x + n;) {
-            const int64_t tile_x = x1 / t.width, stop = min(x + n, (tile_x + 1) * t.width);
-            const A* row = slot(i, (z * t.ny + y / t.rows) * t.nx + tile_x) + y % t.rows * t.width;
-            std::memcpy(dst + x1 - x, row + x1 - tile_x * t.width, (stop - x1) * sizeof(A));
-            x1 = stop;
-          }
+    };
+    for (int64_t image = 0; image < images; image += together) {
+      int64_t done = 0;
+      for (int64_t first = 0; first < n; first += step) {
+        const int64_t last = min(n, first + step), ready = min(n, last + reach);
+        for_tiles(image, done, ready, [&](int64_t i, int64_t tile, const BackwardBuffers<A>& s) {
+          grad_queries(t, i / a.J, i % a.J, strip[tile], s, a.J > 1 ? slot(i, tile) : nullptr);
         });
-      });
+        done = ready;
+        for_tiles(image, first, last, [&](int64_t i, int64_t tile, const BackwardBuffers<A>& s) {
+          if (strip.row(tile) < y || strip.row(tile) >= end) return;
+          grad_keys(t, i / a.J, i % a.J, strip[tile], s, [&](int64_t z, int64_t y, int64_t x, int64_t n, A* dst) {
+            for (int64_t x1 = x; x1 < x + n;) {
+              const int64_t tile_x = x1 / t.width, stop = min(x + n, (tile_x + 1) * t.width);
+              const A* row = slot(i, strip.index(z, y, tile_x)) + y % t.rows * t.width;
+              std::memcpy(dst + x1 - x, row + x1 - tile_x * t.width, (stop - x1) * sizeof(A));
+              x1 = stop;
+            }
+          });
+        });
+      }
     }
   }
 }

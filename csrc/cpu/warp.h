@@ -133,15 +133,22 @@ struct Warper {
   // Each thread owns coarse lines and gathers from the fine ones around them.
   void grad_flow() const {
     const int64_t outer = coarse.S[3 - d], stride = a.stride[3 - d], halo = stride / 2;
+    // half precision is added up in float, a few lines at a time
     constexpr bool kDirect = std::is_same_v<F, A>;
-    const int64_t numel = a.B * d * coarse.numel();
-    Scratch<A> memory(kDirect ? 0 : numel);
-    A* sums = kDirect ? static_cast<A*>(a.grad_flow) : memory.take(numel);
-    if (!same_level()) fill(sums, numel, A(0));
+    const int64_t line = coarse.numel() / outer, most = kDirect ? outer : max<int64_t>(1, kSums / (d * line));
     parallel_for(a.B * outer, [&](int64_t begin, int64_t end) {
       const std::unique_ptr<Work> tile(new Work);
+      Scratch<A> memory(kDirect ? 0 : d * min(most, outer) * line);
+      A* const taken = kDirect ? nullptr : memory.take(d * min(most, outer) * line);
       while (begin < end) {
-        const int64_t b = begin / outer, first = begin % outer, last = min(outer, first + end - begin);
+        const int64_t b = begin / outer, first = begin % outer, last = min(outer, first + min(most, end - begin));
+        const int64_t n = (last - first) * line;
+        F* const own = static_cast<F*>(a.grad_flow) + b * d * coarse.numel() + first * line;
+        A* sums[d];
+        for (int axis = 0; axis < d; axis++) {
+          sums[axis] = kDirect ? reinterpret_cast<A*>(own + axis * coarse.numel()) : taken + axis * n;
+          fill(sums[axis], n, A(0));
+        }
         const int64_t low = max<int64_t>(0, first * stride - halo);
         const int64_t high = min(fine.S[3 - d], last * stride + halo);
         for (int64_t i = 0; i < tiles.count(); i++) {
@@ -152,21 +159,22 @@ struct Warper {
           position_gradient(b, low, high, *tile);
           tile->for_lines([&](const Segment& s, int64_t at) {
             for (int axis = 0; axis < d; axis++)
-              spread(s, tile->grad[axis] + at, static_cast<A>(a.stride[3 - d + axis]), first, last,
-                     sums + (b * d + axis) * coarse.numel());
+              spread(s, tile->grad[axis] + at, static_cast<A>(a.stride[3 - d + axis]), first, last, sums[axis]);
           });
         }
+        for (int axis = 0; axis < d && !kDirect; axis++)
+          for (int64_t x = 0; x < n; x++) own[axis * coarse.numel() + x] = static_cast<F>(sums[axis][x]);
         begin += last - first;
       }
     });
-    if (!kDirect) store_row(a.flow_dtype, a.grad_flow, 0, numel, A(1), sums);
   }
 
-  // The transpose of `upsample`, into the coarse lines [first, last) of the outermost axis.
+  // The transpose of `upsample`, into the coarse lines [first, last) of the outermost axis, which `sums` holds.
   void spread(const Segment& s, const A* g, A factor, int64_t first, int64_t last, A* sums) const {
+    const int64_t begin = first * (coarse.numel() / coarse.S[3 - d]);
     if (same_level()) {
       const int64_t owner = d == 3 ? s.z : s.y;
-      if (owner >= first && owner < last) std::memcpy(sums + row(s), g, s.n * sizeof(A));
+      if (owner >= first && owner < last) std::memcpy(sums + row(s) - begin, g, s.n * sizeof(A));
       return;
     }
     const Between<A> z(s.z, a.stride[0], coarse.S[0]), y(s.y, a.stride[1], coarse.S[1]);
@@ -176,7 +184,7 @@ struct Warper {
       const int64_t owner = d == 3 ? zs[k >> 1] : ys[k & 1];
       const A w = factor * wz[k >> 1] * wy[k & 1];
       if (w == A(0) || owner < first || owner >= last) continue;
-      A* to = line(sums, zs[k >> 1], ys[k & 1]);
+      A* to = sums + (zs[k >> 1] * coarse.S[1] + ys[k & 1]) * coarse.S[2] - begin;
       for (int64_t i = 0; i < s.n; i++) {
         const Between<A> x(s.x0 + i, a.stride[2], coarse.S[2]);
         to[x.i0] += w * (1 - x.fraction) * g[i];
