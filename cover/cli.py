@@ -1,19 +1,20 @@
 """The command `cover`: pretrain, evaluate, visualize, check and presets."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cover import config
+from cover import config, processes
 from cover.data import DataError, check
 from cover.evaluate import evaluate
 from cover.figures import visualize
 from cover.log import RunInUse
 from cover.presets import PRESETS, preset_config
 from cover.process import Interrupted
-from cover.trainer import NonFiniteLoss, Trainer, run_config
+from cover.trainer import NonFiniteLoss, Trainer, WriteError, run_config
 from cover_kernels import __version__
 
 
@@ -36,13 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"cover {options.name}: error: {error}", file=sys.stderr)
         return 2
-    except NonFiniteLoss:
-        return 1  # the run's log has said it
-    except DataError as error:
+    except (DataError, NonFiniteLoss, WriteError) as error:
         print(f"cover {options.name}: {error}", file=sys.stderr)
         return 1
     except Interrupted as interruption:
         return 128 + interruption.signal  # as a shell says it
+    except BrokenPipeError:  # whoever read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:  # before there was anything to save, or the second one
         print(f"cover {options.name}: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -65,6 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--preset", metavar="P", help=f"one of {', '.join(PRESETS)}")
     sub.add_argument("--out", metavar="RUN", required=True, help="folder of the run")
     sub.add_argument("--resume", action="store_true", help="continue the run in RUN, or start it if there is none")
+    sub.add_argument("--nproc", type=count, metavar="N", help="train in N processes on this machine, one per GPU")
+    restarts = "with --nproc: how often to go on from the last checkpoint after a process has died (default 0)"
+    sub.add_argument("--restarts", type=int, default=0, metavar="R", help=restarts)
     sub.add_argument("--val", metavar="DATA", help="held-out images (default: the manifest's val rows, or a share)")
 
     sub = command(evaluate_command, "Endpoint error of a run on held-out images, as a table.")
@@ -85,6 +90,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(presets_command, "List the presets, or every setting of one.")
     sub.add_argument("preset", metavar="P", nargs="?", help=f"one of {', '.join(PRESETS)}")
     return parser
+
+
+def count(word: str) -> int:
+    """A number above 0."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {word!r}")
+    return int(word)
 
 
 def read_settings(words: Sequence[str]) -> dict[str, str]:
@@ -114,12 +126,36 @@ class user_errors:
 def pretrain_command(options: argparse.Namespace) -> int:
     out = Path(options.out)
     with user_errors():
-        settings = run_config(out, options.preset, options.resume, options.settings)
-        trainer = Trainer(settings, options.data, out, options.val)
+        settings = run_config(out, options.preset, options.resume or processes.restarted(), options.settings)
+    if options.nproc is not None:
+        return launch(options)
+    with processes.group(settings.train.device):
+        with user_errors():
+            trainer = Trainer(settings, options.data, out, options.val)
+        try:
+            trainer.run()
+        except RunInUse as error:
+            raise UsageError(str(error)) from error
+    return 0
+
+
+def launch(options: argparse.Namespace) -> int:
+    """The same command in `options.nproc` processes, by torchrun."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    words = ["--standalone", f"--nproc-per-node={options.nproc}", f"--max-restarts={options.restarts}"]
+    words += ["-m", "cover", "pretrain", options.data, f"--out={options.out}"]
+    words += [f"--{name}={value}" for name in ("preset", "val") if (value := getattr(options, name)) is not None]
+    words += ["--resume"] if options.resume else []
     try:
-        trainer.run()
-    except RunInUse as error:
-        raise UsageError(str(error)) from error
+        torchrun.main([*words, *(f"{name}={value}" for name, value in options.settings.items())])
+    except ChildFailedError as error:
+        print(f"cover pretrain: {error}", file=sys.stderr)
+        return 1
+    except SignalException as error:
+        return 128 + error.sigval
     return 0
 
 

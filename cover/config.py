@@ -64,7 +64,10 @@ class DataConfig:
         _check(
             self,
             {
-                "crop": (d in (2, 3) and min(self.crop) > 0, "2 or 3 voxel counts above 0"),
+                "crop": (
+                    d in (2, 3) and min(self.crop) > 0 and math.prod(self.crop) <= self.max_voxels,
+                    "2 or 3 voxel counts above 0, together no more than `max_voxels`",
+                ),
                 "in_channels": _at_least(1, self.in_channels),
                 "resize": (
                     self.resize is None
@@ -125,9 +128,9 @@ class DVFConfig:
                 "rotation": (0 <= self.rotation <= 180, "from 0 to 180 degrees"),
                 "scale": (0 <= self.scale < 1, "at least 0 and below 1"),
                 "shear": _at_least(0, self.shear),
-                "translation": _at_least(0, self.translation),
-                "nonrigid": _at_least(0, self.nonrigid),
-                "control_spacing": _positive(self.control_spacing),
+                "translation": _share(self.translation),
+                "nonrigid": (0 <= self.nonrigid <= 1000, "from 0 to 1000 voxels"),
+                "control_spacing": _at_least(1, self.control_spacing),
                 "flip": _share(self.flip),
                 "fit_to_reach": (
                     self.fit_to_reach is None or 0 < self.fit_to_reach < 1,
@@ -158,7 +161,7 @@ class AppearanceConfig:
                 "appearance": _share(self.appearance),
                 "views": _one_of(self.views, "a", "b", "both", "none"),
                 "noise": _at_least(0, self.noise),
-                "blur": _at_least(0, self.blur),
+                "blur": (0 <= self.blur <= 100, "from 0 to 100 voxels"),
                 "contrast": _share(self.contrast),
                 "brightness": _at_least(0, self.brightness),
                 "gamma": _at_least(0, self.gamma),
@@ -201,7 +204,10 @@ class TrainConfig:
     """Optimisation, validation, logging and saving."""
 
     steps: int = 1000  # of the optimiser
-    batch: int = 4  # images per step
+    batch: int = 4  # images per step, of each process
+    accumulate: int = 1  # parts that go through the network one after the other; the step is the same up to rounding
+    precision: str = "fp32"  # "bf16" or "fp16" (its loss scaled): autocast of network and losses; weights stay float32
+    recompute: str = "off"  # less memory, more time: "stages" of the backbone, or "all": view by view too
     optimiser: str = "adamw"  # "adamw", "adam" (weight decay inside the gradient) or "sgd"
     lr: float = 1e-3  # largest learning rate
     momentum: float = 0.9  # sgd only
@@ -218,7 +224,8 @@ class TrainConfig:
     val_every: int = 200  # steps; 0: only at the end
     val_samples: int = 64  # held-out patches of a validation, spread over the images
     checkpoint_every: int = 200  # steps
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # last checkpoints kept
+    keep_every: int = 0  # steps; the checkpoints of their multiples are kept for good; 0: none
 
     def __post_init__(self):
         _check(
@@ -226,8 +233,14 @@ class TrainConfig:
             {
                 "steps": _at_least(1, self.steps),
                 "batch": _at_least(1, self.batch),
+                "accumulate": (
+                    self.accumulate >= 1 and self.batch % self.accumulate == 0,
+                    f"a divisor of `batch`, {self.batch}",
+                ),
+                "precision": _one_of(self.precision, "fp32", "bf16", "fp16"),
+                "recompute": _one_of(self.recompute, "off", "stages", "all"),
                 "optimiser": _one_of(self.optimiser, "adamw", "adam", "sgd"),
-                "lr": _positive(self.lr),
+                "lr": (0 < self.lr <= 1e6, "above 0 and at most 1e6"),
                 "momentum": (0 <= self.momentum < 1, "at least 0 and below 1"),
                 "weight_decay": _at_least(0, self.weight_decay),
                 "schedule": _one_of(self.schedule, "onecycle", "constant"),
@@ -240,6 +253,8 @@ class TrainConfig:
                 "val_samples": _at_least(1, self.val_samples),
                 "checkpoint_every": _at_least(1, self.checkpoint_every),
                 "keep": _at_least(1, self.keep),
+                "keep_every": _at_least(0, self.keep_every),
+                "seed": (-(2**63) <= self.seed < 2**63, "a 64-bit int"),
             },
         )
 

@@ -1,5 +1,6 @@
 """Held-out evaluation: endpoint error (EPE) of the predicted displacements, under transforms that never change."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -8,14 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from cover import checkpoint
+from cover import checkpoint, processes
 from cover.config import Config, ModelConfig, replace
-from cover.data import ImageSet, PretrainDataset, open_images
+from cover.data import ImageSet, PretrainDataset, batches_of, open_images
 from cover.losses import epe
 from cover.model import COVER, build_model
-from cover.process import ignore_signals
 from cover.rng import Draws
 from cover.views import ViewMaker, fit_to_reach, reachable_fraction
 
@@ -79,6 +78,13 @@ class ErrorHistogram:
         for limit in self.within:
             self.within[limit] += (errors <= limit).sum().item()
 
+    def merge(self, device: torch.device) -> None:
+        """Add what all processes have collected; `device` is one that they can communicate from."""
+        self.counts = processes.total(self.counts.to(device)).cpu()
+        sums = torch.tensor([self.total, *self.within.values()], dtype=torch.float64, device=device)
+        self.total, *within = processes.total(sums).tolist()
+        self.within = dict(zip(self.within, within, strict=True))
+
     def summary(self) -> ErrorSummary:
         """NaN throughout when there were no errors."""
         count = self.counts.sum().item()
@@ -96,34 +102,50 @@ def held_out_keys(images: int, samples: int) -> list[tuple[int, int]]:
     return [divmod(k, images) for k in range(samples)]
 
 
-def held_out_batches(images: ImageSet, config: Config, margin: tuple[int, ...], samples: int) -> Iterator[dict]:
-    """The patches of an evaluation, in batches: the same in every call."""
-    keys = held_out_keys(len(images), samples)
+def held_out_batches(
+    images: ImageSet,
+    config: Config,
+    margin: tuple[int, ...],
+    samples: int,
+    warn: Callable[[str], None] = warnings.warn,
+) -> Iterator[dict[str, Tensor]]:
+    """The patches of an evaluation, in batches: the same in every call. Processes share them out.
+
+    `warn` is told of every image that can no longer be read, and for which another one stands in.
+    """
+    keys = held_out_keys(len(images), samples)[processes.rank() :: processes.count()]
     batches = [keys[k : k + config.train.batch] for k in range(0, len(keys), config.train.batch)]
     dataset = PretrainDataset(images, config.data, margin, HELD_OUT_SEED)
-    yield from DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=config.data.workers,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # the global one belongs to the training
-    )
+    for batch in batches_of(dataset, batches, config.data.workers):
+        for complaint in filter(None, batch.pop("replaced")):
+            warn(complaint)
+        yield batch
 
 
 @torch.no_grad()
-def measure(model: COVER, images: ImageSet, views: ViewMaker, config: Config, samples: int) -> Evaluation:
-    """Evaluate a model on `samples` patches of `images`, with the views that `views` makes of them."""
+def measure(
+    model: COVER,
+    images: ImageSet,
+    views: ViewMaker,
+    config: Config,
+    samples: int,
+    warn: Callable[[str], None] = warnings.warn,
+) -> Evaluation:
+    """Evaluate a model on `samples` patches of `images`, with the views that `views` makes; `warn` as above."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     errors, zero_errors, reachable = ErrorHistogram(), ErrorHistogram(), 0.0
-    for batch in held_out_batches(images, config, views.margin, samples):
+    for batch in held_out_batches(images, config, views.margin, samples, warn):
         batch = {name: value.to(device) for name, value in batch.items()}
         a, b, flow, mask = views(batch, Draws(HELD_OUT_SEED, batch["epoch"], batch["index"], device))
         errors.add(epe(model(a, b).flow, flow, mask))
         zero_errors.add(epe(torch.zeros_like(flow), flow, mask))
         reachable += reachable_fraction(flow, mask, model.pyramid.reach).item() * mask.sum().item()
     model.train(was_training)
+    for histogram in (errors, zero_errors):
+        histogram.merge(device)
+    reachable = processes.total(torch.tensor(reachable, dtype=torch.float64, device=device)).item()
     voxels = int(errors.counts.sum())
     share = reachable / voxels if voxels else float("nan")
     return Evaluation(errors.summary(), zero_errors.summary(), samples, voxels, share)
@@ -169,7 +191,7 @@ def open_run(
         FileNotFoundError: no such run. ValueError: a setting does not fit, or would need another network.
     """
     model, config = checkpoint.load_model(Path(run), build=build)
-    changed = replace(config, **settings)
+    changed = replace(config, **{"cache": None} | settings)  # not where somebody else's checkpoint may point to
     if changed.model != config.model or changed.data.in_channels != config.data.in_channels:
         fixed = ", ".join([*ModelConfig.__dataclass_fields__, "in_channels"])
         raise ValueError(f"config: the settings of the trained network ({fixed}) cannot change")
@@ -186,7 +208,7 @@ def device_of(config: Config) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).tolist()  # which a device without memory, "meta", cannot
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"config: `device` {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cover.config import Config
 from cover.data import open_images
+from cover.data.reading import SUFFIXES
 from cover.evaluate import HELD_OUT_SEED, held_out_batches, open_run
 from cover.losses import epe
 from cover.model import COVER, Prediction, build_model
@@ -44,7 +45,7 @@ def visualize(
         The path of the figure.
 
     Raises:
-        FileNotFoundError: no such run. ValueError: a setting or the image cannot be used.
+        FileNotFoundError: no such run. FileExistsError: `out` exists. ValueError: a setting or the image does not fit.
         ImportError: the extra `plot` is not installed.
     """
     _matplotlib()
@@ -58,7 +59,10 @@ def visualize(
     spacing = known[0] if len(config.data.crop) == 3 and len(known) == 1 else None
     if out is None:
         folder = run if run.is_dir() else run.parent
-        out = folder / "figures" / f"{image.name.split('.')[0]}.png"
+        suffix = max((s for s in SUFFIXES if image.name.lower().endswith(s)), key=len, default="")
+        out = folder / "figures" / f"{image.name[: len(image.name) - len(suffix)]}.png"
+    elif Path(out).exists():
+        raise FileExistsError(f"visualize: {out} exists already; choose another name for the figure")
     return figure(model, views, out, spacing)
 
 

@@ -9,18 +9,35 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from cover.checkpoint import atomic
+
 
 class RunInUse(RuntimeError):
     """Another process trains in the folder of this run."""
 
 
-class RunLog:
-    """Writes the records and messages of the run in the folder `out`, which must exist.
+def lock(out: Path) -> TextIO:
+    """The log.txt of the run in the folder `out`, which is this process's own until the file is closed.
 
-    Raises RunInUse while another process writes there.
+    Raises RunInUse while it is another's.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    text = open(out / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - closed by the log
+    try:
+        # of this process alone: workers that outlive a killed run do not keep it from being resumed
+        fcntl.lockf(text, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        text.close()
+        raise RunInUse(f"pretrain: another process is at work on the run in {out}") from error
+    return text
+
+
+class RunLog:
+    """Writes the records and messages of a run.
 
     Args:
         out: the run's folder; the log goes on in `metrics.jsonl`, `log.txt` and `tensorboard/`.
+        text: what `lock` gave for this folder.
         step: the step that the run goes on from; records beyond it, left by a run that was killed, are dropped.
         steps: steps of the whole run.
         every: steps between two lines about the progress.
@@ -29,28 +46,37 @@ class RunLog:
     """
 
     def __init__(
-        self, out: Path, step: int, steps: int, every: int, tensorboard: bool = False, stream: TextIO | None = None
+        self,
+        out: Path,
+        text: TextIO,
+        step: int,
+        steps: int,
+        every: int,
+        tensorboard: bool = False,
+        stream: TextIO | None = None,
     ):
         self.stream = stream or sys.stdout
         self.is_terminal = self.stream.isatty()
         self.first, self.steps, self.every = step, steps, every
         self.began = time.monotonic()
-        self.text = open(out / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-        try:
-            # of this process alone: workers that outlive a killed run do not keep it from being resumed
-            fcntl.lockf(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunInUse(f"pretrain: another process is at work on the run in {out}") from error
+        self.text = text
         self.board = _tensorboard(out / "tensorboard", step) if tensorboard else None
-        truncate(out / "metrics.jsonl", step)
-        self.metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        damaged = truncate(out / "metrics.jsonl", step)
+        self.metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        if damaged:
+            self.message(f"warning: {damaged} damaged lines of metrics.jsonl are left out")
 
     def message(self, text: str) -> None:
         """A line for the log and the terminal."""
+        text = self._note(text)
+        print(("\r\033[K" if self.is_terminal else "") + text, file=self.stream, flush=True)
+
+    def _note(self, text: str) -> str:
+        """A line for log.txt; returns it as it can be printed."""
         text = text.encode(errors="surrogateescape").decode(errors="replace")  # file names need not be UTF-8
         self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self.text.flush()
-        print(("\r\033[K" if self.is_terminal else "") + text, file=self.stream, flush=True)
+        return text
 
     def record(self, kind: str, step: int, values: dict[str, float]) -> None:
         """A record for the metrics: `kind` ("train" or "val"), the step and its values."""
@@ -84,28 +110,63 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if isinstance(error, Exception):
+                self._note(f"stopped by {kind.__name__}: {error}")
+            self.metrics.close()
+        finally:
+            self.text.close()
+            if self.board:
+                self.board.close()
+
+
+class NoLog:
+    """Stands for the log in all processes of a run but the first: says and keeps nothing."""
+
+    def message(self, text: str) -> None:
+        pass
+
+    def record(self, kind: str, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def progress(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def __enter__(self) -> "NoLog":
+        return self
+
     def __exit__(self, *exception) -> None:
-        self.metrics.close()
-        self.text.close()
-        if self.board:
-            self.board.close()
+        pass
 
 
-def truncate(path: Path, step: int) -> None:
-    """Cut a metrics.jsonl behind the last whole record of `step`: what follows will be written again."""
+def truncate(path: Path, step: int) -> int:
+    """Keep of a metrics.jsonl the whole records up to `step`: later ones will be written again.
+
+    Returns:
+        How many lines before the last record that is kept were damaged, and are gone too.
+    """
     if not path.exists():
-        return
-    end = 0
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                whole = line.endswith(b"\n") and json.loads(line)["step"] <= step
-            except (ValueError, KeyError):  # a machine that crashed may leave anything behind what was synced
-                whole = False
-            if not whole:
-                break
-            end += len(line)
-    os.truncate(path, end)
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [i for i, line in enumerate(lines) if _is_record(line, step)]
+    damaged = kept[-1] + 1 - len(kept) if kept else 0
+    if damaged:
+        with atomic(path, "wb") as file:
+            file.writelines(lines[i] for i in kept)
+    else:
+        os.truncate(path, sum(map(len, lines[: len(kept)])))
+    return damaged
+
+
+def _is_record(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):  # a machine that crashed may leave anything behind what was synced
+        return False
 
 
 def read(out: Path, kind: str) -> list[dict]:

@@ -1,13 +1,16 @@
 """COVER: a backbone and a vector pyramid, from two views of an image to the displacement between them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cover.config import Config
 from cover.pyramid import VectorPyramid, real_size, replicate
-from cover.unet import UNet
+from cover.unet import LINEAR, UNet
 from cover_kernels import compose
 
 
@@ -15,7 +18,8 @@ class Backbone(Protocol):
     """What COVER pretrains: any module that returns feature maps, coarse to fine, and says their shapes.
 
     `forward` takes an image [B, in_channels, *S], every axis a multiple of `strides[0]`, and returns one map
-    [B, channels[l], *(S / strides[l])] per level.
+    [B, channels[l], *(S / strides[l])] per level. A backbone may have an attribute `recompute`: where it is true, each
+    of its stages keeps its output only, and runs again in the backward.
     """
 
     channels: tuple[int, ...]
@@ -50,6 +54,25 @@ class COVER(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.pyramid = pyramid
+        self.view_by_view = False
+
+    def recompute(self, what: str) -> None:
+        """Trade a second forward pass for memory: what is not kept for the backward, but computed again.
+
+        Args:
+            what: "off"; "stages": what lies inside the stages of the backbone; "all": the backbone's maps too, one
+                view after the other, so that the backward holds the stages of one view at a time.
+
+        Raises:
+            ValueError: no such choice, or the backbone has no attribute `recompute`.
+        """
+        if what not in ("off", "stages", "all"):
+            raise ValueError(f'COVER: `recompute` must be "off", "stages" or "all", got {what!r}')
+        if what != "off" and not hasattr(self.backbone, "recompute"):
+            raise ValueError(f"COVER: `recompute` needs a backbone that has it; {type(self.backbone).__name__} has not")
+        self.view_by_view = what == "all"
+        if hasattr(self.backbone, "recompute"):
+            self.backbone.recompute = what != "off"
 
     def forward(self, a: Tensor, b: Tensor) -> Prediction:
         """Predict the displacement psi with b(p) = a(p + psi(p)).
@@ -72,8 +95,13 @@ class COVER(nn.Module):
             )
         size = a.shape[2:]
         padded = tuple(n * s for n, s in zip(real_size(size, strides[0]), strides[0], strict=True))
-        features = self.backbone(replicate(torch.cat((a, b)), size, padded))
-        features_a, features_b = zip(*(x.chunk(2) for x in features), strict=True)
+        if self.view_by_view and torch.is_grad_enabled():
+            features_a, features_b = (
+                checkpoint(self.backbone, replicate(x, size, padded), use_reentrant=False) for x in (a, b)
+            )
+        else:
+            features = self.backbone(replicate(torch.cat((a, b)), size, padded))
+            features_a, features_b = zip(*(x.chunk(2) for x in features), strict=True)
         flows = self.pyramid(features_b, features_a, size)
         flow, stride = flows[-1], strides[-1]
         if any(s > 1 for s in stride):
@@ -84,6 +112,13 @@ class COVER(nn.Module):
             _crop(features_a, size, strides),
             _crop(features_b, size, strides),
         )
+
+
+def at_input(x: Tensor, stride: tuple[int, ...], size: Sequence[int]) -> Tensor:
+    """A map [B, C, *S_l] of a level with that stride at the input's resolution, linear: [B, C, *size]."""
+    if any(s > 1 for s in stride):
+        x = F.interpolate(x, scale_factor=stride, mode=LINEAR[len(stride)])
+    return x[(..., *map(slice, size))]
 
 
 def _crop(maps, size, strides):

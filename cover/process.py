@@ -7,7 +7,7 @@ import threading
 
 import torch
 
-_STOP = (signal.SIGINT, signal.SIGTERM)
+_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm and others announce a pre-emption by SIGUSR1
 
 
 class Interrupted(KeyboardInterrupt):
@@ -19,7 +19,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Inside the `with` block, the first Ctrl-C or SIGTERM is noted in `received`; the next acts as it always does.
+    """Inside the `with` block, the first Ctrl-C, SIGTERM or SIGUSR1 is noted in `received`; the next acts as ever.
 
     In a thread other than the main one, where signals never arrive, it does nothing.
     """

@@ -1,8 +1,11 @@
 """Pretraining by vector contrastive learning: the life of a run, one method per stage, to be read top to bottom."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import math
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,17 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.nn.parallel import DistributedDataParallel
 
-from cover import checkpoint, config
+from cover import checkpoint, config, processes
 from cover.config import Config
-from cover.data import BatchSampler, ImageSet, PretrainDataset, open_images, splits
+from cover.data import BatchSampler, ImageSet, PretrainDataset, batches_of, open_images, splits
 from cover.evaluate import Evaluation, device_of, measure
-from cover.log import RunLog
+from cover.log import NoLog, RunInUse, RunLog, lock
 from cover.losses import consistency_loss, epe, feature_variance, vector_loss
-from cover.model import COVER, build_model
+from cover.model import COVER, at_input, build_model
 from cover.presets import preset_config
-from cover.process import Interrupted, StopSignals, ignore_signals, peak_memory
+from cover.process import Interrupted, StopSignals, peak_memory
 from cover.rng import Draws
 from cover.views import ViewMaker, Views, fit_to_reach, reachable_fraction
 from cover_kernels import __version__
@@ -33,8 +36,14 @@ from cover_kernels.backends import choose
 # 0.02 within a hundred steps, but runs that learn go through 0.02 as well
 COLLAPSE_STEPS, COLLAPSE_VARIANCE, COLLAPSE_ERROR = 50, 0.05, 0.9
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 # settings that may differ when a run is resumed: none of them changes the weights or the records
-_FREE = {"workers", "device", "cache", "tensorboard", "log_every", "checkpoint_every", "keep"}
+_FREE = {"workers", "device", "cache", "tensorboard", "log_every", "checkpoint_every", "keep", "keep_every"}
+
+
+class WriteError(RuntimeError):
+    """The run's folder cannot be written: disk full, quota, permissions; the message names the last good checkpoint."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -68,10 +77,12 @@ def pretrain(
 
     Raises:
         FileExistsError: `out` holds a run already and `resume` is False. FileNotFoundError: no such data.
-        ValueError: a setting or the data cannot be used; the message names it. NonFiniteLoss: see there.
-        Interrupted: Ctrl-C or SIGTERM came; the run is saved and can be resumed.
+        ValueError: a setting or the data cannot be used; the message names it. NonFiniteLoss, WriteError: see there.
+        Interrupted: Ctrl-C, SIGTERM or SIGUSR1 came; the run is saved and can be resumed.
     """
-    return Trainer(run_config(Path(out), preset, resume, settings), data, out, val, build).run()
+    with processes.group(settings.get("device", "auto")):
+        resume = resume or processes.restarted()
+        return Trainer(run_config(Path(out), preset, resume, settings), data, out, val, build).run()
 
 
 def run_config(out: Path, preset: str | None, resume: bool, settings: dict[str, Any]) -> Config:
@@ -82,7 +93,8 @@ def run_config(out: Path, preset: str | None, resume: bool, settings: dict[str, 
         raise FileExistsError(f"pretrain: {out} is a file; a run needs a folder")
     if not started.exists():
         # what a run leaves that was killed before it began
-        others = {path.name for path in out.glob("*")} - {"cache", "config.json.tmp"}
+        empty_log = {path.name for path in out.glob("log.txt") if path.stat().st_size == 0}
+        others = {path.name for path in out.glob("*")} - {"cache", "config.json.tmp"} - empty_log
         if others:
             raise FileExistsError(f"pretrain: {out} holds other files ({sorted(others)[0]}); choose another folder")
         return wanted
@@ -118,16 +130,22 @@ class Trainer:
     ):
         self.config = settings
         self.out = Path(out)
+        self.found = self.what_is_there()
         self.step = 0  # steps done
+        self.seen = 0  # images, in all processes
         self.recent = deque(maxlen=COLLAPSE_STEPS)  # (feature_variance, epe, epe_zero) of the last steps
-        self.collapsed = False
+        self.collapsed = self.empty = False  # whether it has been said
         self.device = device_of(settings)
-        self.images, self.held_out = self.open_data(data, val)
+        with processes.one_after_the_other():  # they share the cache
+            self.images, self.held_out = self.open_data(data, val)
         torch.manual_seed(settings.train.seed)
         self.model = build(settings).to(self.device)
+        self.model.recompute(settings.train.recompute)
         self.views = self.build_views()
         self.optimiser = self.build_optimiser()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.train.precision == "fp16")
         self.restore()
+        self.network = DistributedDataParallel(self.model) if processes.count() > 1 else self.model
 
     # Setting up
 
@@ -160,33 +178,64 @@ class Trainer:
 
     def run(self) -> Path:
         """Train to the last step; returns the folder of the run."""
+        try:
+            return self.train()
+        except RunInUse:
+            raise
+        except OSError as error:
+            last = (checkpoint.all_of(self.out) or ["none yet"])[-1]
+            raise WriteError(f"stopped after step {self.step}: {error}; the last good checkpoint is {last}") from error
+
+    def train(self) -> Path:
+        """As `run`, but a folder that cannot be written is an OSError."""
         self.begin()
         with StopSignals() as stop, self.log:
             self.announce()
             begun = time.perf_counter()
             for batch in self.batches():
                 waited = time.perf_counter() - begun
+                replaced = [complaint for complaint in batch.pop("replaced") if complaint]
                 metrics = self.train_step(batch)
                 self.step += 1
+                self.seen += self.config.train.batch * processes.count()
+                # what any process has met, all must know
+                flags = torch.tensor([len(replaced), stop.received is not None], device=self.device)
+                metrics["replaced"], stopping = processes.total(flags).tolist()
+                for complaint in itertools.chain(*processes.gathered(replaced)) if metrics["replaced"] else ():
+                    self.log.message(f"warning: {complaint}")
                 self.report(metrics, waited, time.perf_counter() - begun)
                 last = self.step == self.config.train.steps
                 if last or self.is_due(self.config.train.val_every):
                     self.validate()
-                if last or stop.received or self.is_due(self.config.train.checkpoint_every):
+                if last or stopping or self.is_due(self.config.train.checkpoint_every):
                     self.save()
-                if stop.received and not last:
+                if stopping and not last:
                     self.log.message(f"stopped after step {self.step}; saved, to be resumed")
-                    raise Interrupted(stop.received, f"stopped after step {self.step}; continue with --resume")
+                    received = stop.received or signal.SIGTERM
+                    raise Interrupted(received, f"stopped after step {self.step}; continue with --resume")
                 begun = time.perf_counter()
             self.finish()
         return self.out
 
     def begin(self) -> None:
         """Make the folder of the run what it was at the last checkpoint, or a new one."""
+        if processes.rank() > 0:
+            self.log = NoLog()
+            return
+        text = lock(self.out)
+        if self.found != self.what_is_there():
+            text.close()
+            raise RunInUse(f"pretrain: another process has been at work on the run in {self.out} meanwhile")
         with checkpoint.atomic(self.out / "config.json", "w") as file:
             json.dump(config.to_dict(self.config), file, indent=2)
         c = self.config.train
-        self.log = RunLog(self.out, self.step, c.steps, c.log_every, c.tensorboard)
+        self.log = RunLog(self.out, text, self.step, c.steps, c.log_every, c.tensorboard)
+        for path in self.damaged:  # put aside: it would count among the last ones that are kept
+            path.replace(path.with_suffix(".damaged"))
+
+    def what_is_there(self) -> tuple[bool, list[Path]]:
+        """Whether a run has begun in the folder, and its checkpoints."""
+        return (self.out / "config.json").exists(), checkpoint.all_of(self.out)
 
     def announce(self) -> None:
         """Say what is trained on what."""
@@ -194,7 +243,8 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters())
         kernels = choose(self.device)[0]
         versions = f"cover {__version__} with {kernels} kernels, torch {torch.__version__}"
-        self.log.message(f"{versions}, {self.device}, {torch.get_num_threads()} threads, run {self.out}")
+        share = f"process 1 of {processes.count()}, with {torch.get_num_threads()} threads"
+        self.log.message(f"{versions}, {self.device}, {share}, run {self.out}")
         self.log.message(str(self.images.report))
         self.log.message(f"{len(self.images)} images, {held_out}; network of {parameters:,} parameters")
         dvf, reach = self.views.dvf.config, tuple(round(r, 1) for r in self.model.pyramid.reach)
@@ -202,40 +252,63 @@ class Trainer:
         self.log.message(
             f"{fitted}, shear {dvf.shear:.3g}, translation {dvf.translation:.3g}, nonrigid {dvf.nonrigid:.3g}"
         )
+        for complaint in self.damaged.values():
+            self.log.message(f"warning: {complaint}; put aside as .damaged, the checkpoint before it is taken")
         self.log.message(f"resumed after step {self.step}" if self.step else f"{self.config.train.steps} steps")
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """The batches of all steps still to do, each a pure function of the seed and the step."""
         c = self.config
         dataset = PretrainDataset(self.images, c.data, self.views.margin, c.train.seed)
-        sampler = BatchSampler(len(dataset), c.train.batch, c.train.seed, self.step, steps=c.train.steps)
-        return iter(
-            DataLoader(
-                dataset,
-                batch_sampler=sampler,
-                num_workers=c.data.workers,
-                pin_memory=self.device.type == "cuda",
-                worker_init_fn=ignore_signals,
-                generator=torch.Generator(),  # the global one is part of the checkpoint: leave it alone
-            )
+        sampler = BatchSampler(
+            len(dataset),
+            c.train.batch,
+            c.train.seed,
+            self.seen,
+            steps=c.train.steps - self.step,
+            rank=processes.rank(),
+            ranks=processes.count(),
         )
+        return batches_of(dataset, sampler, c.data.workers, pin_memory=self.device.type == "cuda")
 
     def train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
         """One step of the optimiser; returns its metrics. NonFiniteLoss leaves the weights as they were."""
         c = self.config.train
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        loss, metrics = self.loss(self.make_views(batch))
         self.optimiser.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip or math.inf)
-        metrics = {"loss": loss, **metrics, "gradient_norm": norm}
+        metrics = self.backward(self.make_views(batch))
+        self.scaler.unscale_(self.optimiser)
+        metrics["gradient_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip or math.inf)
         # one transfer from the device for all of them
-        metrics = dict(zip(metrics, torch.stack([m.detach().float() for m in metrics.values()]).tolist(), strict=True))
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])):
+        metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+        # with its loss scaled, an infinite gradient skips the step and lowers the scale
+        finite = [metrics["loss"], *([] if self.scaler.is_enabled() else [metrics["gradient_norm"]])]
+        if not all(map(math.isfinite, finite)):
             self.fail(batch, metrics)
-        self.optimiser.step()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
         return metrics | {"lr": self.learning_rate(self.step)}
+
+    def backward(self, views: Views) -> dict[str, Tensor]:
+        """Gradients of the mean over all voxels of the mask, in all parts and processes; the metrics likewise."""
+        c = self.config.train
+        voxels = processes.total(views.mask.sum())
+        sums: dict[str, Tensor] = {}
+        parts = [Views(*tensors) for tensors in zip(*(x.chunk(c.accumulate) for x in views), strict=True)]
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            # processes need to agree on the gradient once
+            with self.network.no_sync() if not last and processes.count() > 1 else contextlib.nullcontext():
+                with torch.autocast(self.device.type, PRECISIONS[c.precision], enabled=c.precision != "fp32"):
+                    loss, metrics = self.loss(part)
+                share = part.mask.sum() / voxels.clamp(min=1)
+                # processes take the mean of their gradients, not the sum
+                self.scaler.scale(loss * (share * processes.count())).backward()
+            for name, value in {"loss": loss, **metrics}.items():
+                sums[name] = sums.get(name, 0) + torch.where(share > 0, share * value.detach().float(), 0)
+        sums = dict(zip(sums, processes.total(torch.stack(list(sums.values()))).unbind(), strict=True))
+        return sums | {"mask_fraction": voxels / (views.mask.numel() * processes.count())}
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0: all the state of the schedule is the step."""
@@ -252,11 +325,14 @@ class Trainer:
         return self.views(batch, Draws(self.config.train.seed, batch["epoch"], batch["index"], self.device))
 
     def loss(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
-        """L = L_vec + L_con with their factors, and the metrics of this batch, all scalars."""
+        """L = L_vec + L_con with their factors, and the metrics of these views: scalars, means over their mask."""
         c = self.config.train
         a, b, flow, mask = views
-        prediction = self.model(a, b)
-        finest_a, finest_b = prediction.features_a[-1], prediction.features_b[-1]
+        prediction = self.network(a, b)
+        stride = self.model.backbone.strides[-1]
+        finest_a, finest_b = (
+            at_input(maps[-1], stride, flow.shape[2:]) for maps in (prediction.features_a, prediction.features_b)
+        )
         vector = vector_loss(prediction.flow, flow, mask)
         consistency = consistency_loss(finest_b, finest_a, flow, mask)
         metrics = {
@@ -266,20 +342,25 @@ class Trainer:
             "epe_zero": epe(torch.zeros_like(flow), flow, mask).mean(),
             "feature_variance": feature_variance(finest_b),
             "reachable_fraction": reachable_fraction(flow, mask, self.model.pyramid.reach),
-            "mask_fraction": mask.float().mean(),
         }
         return c.vector_weight * vector + c.consistency_weight * consistency, metrics
 
     def report(self, metrics: dict[str, float], waited: float, elapsed: float) -> None:
         """Record the metrics of the step that was just done, which took `elapsed` seconds."""
         metrics = metrics | {
-            "samples_per_second": self.config.train.batch / elapsed,
+            "samples_per_second": self.config.train.batch * processes.count() / elapsed,
             "data_wait": waited / elapsed,  # share of the time of the step
             "peak_memory_mb": peak_memory(self.device) / 2**20,
         }
         self.log.record("train", self.step, metrics)
         self.log.progress(self.step, {name: metrics[name] for name in ("loss", "epe", "samples_per_second")})
         self.watch_collapse(metrics)
+        if not metrics["mask_fraction"] and not self.empty:
+            self.log.message(
+                "warning: no voxel of view b has its match inside view a, nothing is learned from such a batch. "
+                "Is `crop` too small, or are the displacements too large?"
+            )
+            self.empty = True
 
     def watch_collapse(self, metrics: dict[str, float]) -> None:
         """Warn, once, when all voxels have come to look alike to the network."""
@@ -302,13 +383,17 @@ class Trainer:
         """Evaluate on the held-out images, always under the same transforms."""
         if self.held_out is None:
             return None
-        result = measure(self.model, self.held_out, self.views, self.config, self.config.train.val_samples)
+        result = measure(
+            self.model, self.held_out, self.views, self.config, self.config.train.val_samples, self.log.message
+        )
         self.log.record("val", self.step, result.as_record())
         self.log.message(f"validation after step {self.step}:\n{result}")
         return result
 
     def finish(self) -> None:
         """Leave the backbone by itself, for fine-tuning."""
+        if processes.rank() > 0:
+            return
         content = {"config": config.to_dict(self.config), "backbone": self.model.backbone.state_dict()}
         checkpoint.save(self.out / "backbone.pt", content)
         self.log.message(f"done: {self.out / 'backbone.pt'}, {checkpoint.find(self.out)}")
@@ -319,21 +404,22 @@ class Trainer:
         figures = ", ".join(
             f"{name} {metrics[name]:g}" for name in ("vector_loss", "consistency_loss", "gradient_norm")
         )
-        message = (
+        names = [self.images.name(i) for i in itertools.chain(*processes.gathered(batch["index"].tolist()))]
+        raise NonFiniteLoss(
             f"step {self.step + 1}: the loss is {metrics['loss']:g} ({figures}); the batch was "
-            f"{'; '.join(self.images.name(i) for i in batch['index'].tolist())}; the last good checkpoint is "
+            f"{'; '.join(names)}; the last good checkpoint is "
             f"{checkpoints[-1] if checkpoints else 'none yet'}"
         )
-        self.log.message(message)
-        raise NonFiniteLoss(message)
 
     # Saving
 
     def save(self) -> None:
         """Write a checkpoint, from which the run goes on bit for bit."""
+        if processes.rank() > 0:
+            return
         self.log.sync()
         checkpoint.save(checkpoint.path_of(self.out, self.step), self.state())
-        checkpoint.prune(self.out, self.config.train.keep)
+        checkpoint.prune(self.out, self.config.train.keep, self.config.train.keep_every)
 
     def state(self) -> dict[str, Any]:
         """All that the run's future depends on. The schedule and the position in the data follow from the step."""
@@ -342,28 +428,42 @@ class Trainer:
             "version": __version__,
             "config": config.to_dict(self.config),
             "step": self.step,
-            "images": self.fingerprint(),
+            "seen": self.seen,
+            "images": fingerprint(self.images),
+            "held_out": fingerprint(self.held_out),
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "generators": {"cpu": torch.get_rng_state(), "cuda": cuda},
         }
 
     def restore(self) -> None:
         """Go on from the last checkpoint, where there is one."""
-        checkpoints = checkpoint.all_of(self.out)
-        if not checkpoints:
+        self.damaged: dict[Path, str] = {}
+        if not checkpoint.all_of(self.out):
             return
-        state = checkpoint.load(checkpoints[-1])
-        if state["images"] != self.fingerprint():
-            raise ValueError(f"pretrain: these are not the images that the run in {self.out} was trained on")
-        self.step = state["step"]
+        state, self.damaged = checkpoint.load_last(self.out)
+        if "optimiser" not in state:
+            raise ValueError(f"pretrain: {checkpoint.find(self.out)} is no checkpoint of a run, but a backbone")
+        stored, wanted = config.flatten(config.from_dict(state["config"])), config.flatten(self.config)
+        if other := [name for name in stored if name not in _FREE and stored[name] != wanted[name]]:
+            raise ValueError(
+                f"pretrain: the last checkpoint in {self.out} has {other[0]}={stored[other[0]]!r}, its config.json "
+                f"{wanted[other[0]]!r}"
+            )
+        for name, images, what in (("images", self.images, "trained"), ("held_out", self.held_out, "evaluated")):
+            if state[name] != fingerprint(images):
+                raise ValueError(f"pretrain: these are not the images that the run in {self.out} was {what} on")
+        self.step, self.seen = state["step"], state["seen"]
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["generators"]["cpu"])
         if self.device.type == "cuda" and state["generators"]["cuda"]:
             torch.cuda.set_rng_state_all(state["generators"]["cuda"])
 
-    def fingerprint(self) -> str:
-        """What the order of the data depends on: the names of the images."""
-        names = "\n".join(map(self.images.name, range(len(self.images))))
-        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()  # file names need not be UTF-8
+
+def fingerprint(images: ImageSet | None) -> str:
+    """What the order of the data depends on: the names of the images."""
+    names = "\n".join(map(images.name, range(len(images)))) if images else ""
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()  # file names need not be UTF-8

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cover_kernels.checks import per_axis
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
-_LINEAR = {2: "bilinear", 3: "trilinear"}
+LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -29,7 +30,8 @@ def _blocks(d: int, in_channels: int, out_channels: int) -> nn.Sequential:
         # a bias would be removed again by the normalisation
         convolution = CONV[d](channels, out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(convolution.weight, a=0.01, nonlinearity="leaky_relu")
-        layers += [convolution, group_norm(out_channels), nn.LeakyReLU(0.01)]
+        # in place: the backward of neither neighbour needs what is overwritten
+        layers += [convolution, group_norm(out_channels), nn.LeakyReLU(0.01, inplace=True)]
     return nn.Sequential(*layers)
 
 
@@ -46,6 +48,7 @@ class UNet(nn.Module):
     Attributes:
         channels: features of the maps that `forward` returns, coarse to fine.
         strides: their strides to the input, one tuple of d ints per map, coarse to fine.
+        recompute: keep the output of each stage only, and run it again in the backward.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -70,6 +73,7 @@ class UNet(nn.Module):
         if len(strides) != len(channels) - 1:
             raise ValueError(f"UNet: `strides` must have {len(channels) - 1} entries, got {tuple(strides)}")
         self.d = d
+        self.recompute = False
         self.pooling = [per_axis("UNet", "strides", stride, d) for stride in strides]
         self.encoder = nn.ModuleList(_blocks(d, i, o) for i, o in itertools.pairwise((in_channels, *channels)))
         self.decoder = nn.ModuleList(
@@ -97,11 +101,22 @@ class UNet(nn.Module):
             raise ValueError(
                 f"UNet: `x` must be [B, in_channels, *S], S a multiple of {self.strides[0]}, got {list(x.shape)}"
             )
-        skips = [self.encoder[0](x)]
+        skips = [self._stage(self.encoder[0], x)]
         for blocks, stride in zip(self.encoder[1:], self.pooling, strict=True):
-            skips.append(blocks(_MAX_POOL[self.d](skips[-1], stride)))
+            skips.append(self._stage(self._down, blocks, stride, skips[-1]))
         features = [skips.pop()]
         for blocks, stride in zip(self.decoder, reversed(self.pooling), strict=True):
-            up = F.interpolate(features[-1], scale_factor=stride, mode=_LINEAR[self.d])
-            features.append(blocks(torch.cat((skips.pop(), up), dim=1)))
+            features.append(self._stage(self._up, blocks, stride, skips.pop(), features[-1]))
         return features
+
+    def _stage(self, function, *arguments) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+    def _down(self, blocks: nn.Module, stride: list[int], x: Tensor) -> Tensor:
+        return blocks(_MAX_POOL[self.d](x, stride))
+
+    def _up(self, blocks: nn.Module, stride: list[int], skip: Tensor, coarse: Tensor) -> Tensor:
+        up = F.interpolate(coarse, scale_factor=stride, mode=LINEAR[self.d])
+        return blocks(torch.cat((skip, up), dim=1))

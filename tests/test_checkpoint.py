@@ -1,6 +1,8 @@
 """Checkpoints: all or nothing, harmless to read, and weights that come back as they were."""
 
 import pickle
+import resource
+import shutil
 
 import pytest
 import torch
@@ -31,6 +33,18 @@ def test_a_save_that_fails_half_way_leaves_what_was_there(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="no space"):
         checkpoint.save(path, {"config": {}, "x": torch.zeros(3)})
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a file that would grow beyond it fails
+    try:
+        with pytest.raises(OSError, match=r"x\.pt|too large"):
+            checkpoint.save(tmp_path / "x.pt", {"config": {}, "x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_was_saved_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
@@ -44,7 +58,8 @@ def test_what_was_saved_is_on_the_disk_before_it_takes_its_name(tmp_path, monkey
 
 def test_a_checkpoint_holds_everything_and_loads_without_running_code(run):
     state = torch.load(checkpoint.find(run), weights_only=True)
-    assert set(state) == {"version", "config", "step", "images", "model", "optimiser", "generators"}
+    kept = {"version", "config", "step", "seen", "images", "held_out", "model", "optimiser", "scaler", "generators"}
+    assert set(state) == kept
     assert state["step"] == SETTINGS["steps"]
 
 
@@ -89,6 +104,25 @@ def test_old_checkpoints_and_half_written_ones_go(tmp_path):
     checkpoint.prune(tmp_path, 2)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_00000010.pt", "step_00000200.pt"]
+
+
+def test_every_so_many_steps_a_checkpoint_stays(tmp_path):
+    for step in (100, 150, 200, 250, 300):
+        checkpoint.save(checkpoint.path_of(tmp_path, step), {"config": {}})
+        checkpoint.prune(tmp_path, 1, 100)
+    assert [checkpoint.step_of(path) for path in checkpoint.all_of(tmp_path)] == [100, 200, 300]
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    *_, before, last = checkpoint.all_of(copy)
+    last.write_bytes(last.read_bytes()[:1000])
+    expected = checkpoint.load(before)["model"]
+    with pytest.warns(UserWarning, match=rf"{last.name} is damaged .* the checkpoint before it is taken"):
+        torch.testing.assert_close(load_model(copy)[0].state_dict(), expected, rtol=0, atol=0)
+    before.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{last.name} is damaged"):
+        load_model(copy)
 
 
 def test_model_and_backbone_come_back_from_run_checkpoint_and_backbone_file(run):

@@ -1,5 +1,6 @@
 """A run: what it writes, how it stops and goes on, and that nothing but its settings and data decide its weights."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -7,16 +8,20 @@ import random
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 from tiny import SETTINGS, train, volumes
 
 from cover import checkpoint, load_backbone, log, pretrain
 from cover.config import Config, replace
-from cover.data import open_images
+from cover.data import DataError, open_images
 from cover.evaluate import held_out_batches
+from cover.log import RunInUse
+from cover.model import COVER
 from cover.process import Interrupted, StopSignals
-from cover.trainer import NonFiniteLoss, Trainer
+from cover.pyramid import VectorPyramid
+from cover.trainer import NonFiniteLoss, Trainer, WriteError
 
 
 @pytest.fixture
@@ -104,6 +109,46 @@ def test_the_schedule(data, tmp_path):
     assert {trainer.learning_rate(step) for step in range(100)} == {trainer.config.train.lr}
 
 
+@pytest.mark.parametrize("settings", [dict(accumulate=2), dict(accumulate=4), dict(recompute="all")])
+def test_what_saves_memory_changes_no_more_than_the_rounding(data, tmp_path, settings):
+    plain = pretrain(data, out=tmp_path / "plain", **SETTINGS | dict(batch=4))
+    other = pretrain(data, out=tmp_path / "other", **SETTINGS | dict(batch=4) | settings)
+    torch.testing.assert_close(weights(other), weights(plain), rtol=1e-3, atol=1e-4)
+    for a, b in zip(log.read(other, "train"), log.read(plain, "train"), strict=True):
+        for name in ("loss", "vector_loss", "consistency_loss", "epe", "epe_zero", "mask_fraction", "gradient_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3), name
+
+
+def test_recomputing_the_stages_changes_no_bit(data, tmp_path):
+    runs = [pretrain(data, out=tmp_path / what, **SETTINGS, recompute=what) for what in ("off", "stages")]
+    assert_same(weights(runs[0]), weights(runs[1]))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_and_resumes(data, tmp_path, precision):
+    settings = SETTINGS | dict(precision=precision)
+    whole = pretrain(data, out=tmp_path / "whole", **settings)
+    plain = pretrain(data, out=tmp_path / "plain", **SETTINGS)
+    for a, b in zip(log.read(whole, "train"), log.read(plain, "train"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.1) and a["loss"] != b["loss"]
+    assert all(value.dtype == torch.float32 for value in weights(whole).values())
+    with pytest.raises(Interrupted):
+        Stopping(replace(Config(), **settings), data, tmp_path / "part").run()
+    assert_same(weights(pretrain(data, out=tmp_path / "part", resume=True)), weights(whole))
+
+
+def test_an_overflow_of_half_precision_skips_the_step_and_lowers_the_scale(data, tmp_path):
+    class Overflowing(Trainer):
+        def loss(self, views):
+            loss, metrics = super().loss(views)
+            return loss * (1e38 if self.step == 2 else 1), metrics
+
+    trainer = Overflowing(replace(Config(), **SETTINGS, precision="fp16"), data, tmp_path / "run")
+    trainer.run()
+    assert [r["gradient_norm"] is None for r in log.read(tmp_path / "run", "train")] == [k == 2 for k in range(6)]
+    assert trainer.scaler.get_scale() == 2.0**15
+
+
 # How it stops
 
 
@@ -136,11 +181,72 @@ def test_a_second_ctrl_c_acts_at_once():
             time.sleep(1)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_pre_emption_saves_within_a_step(data, tmp_path, number):
+    class Preempted(Trainer):
+        def train_step(self, batch):
+            if self.step == 2:
+                os.kill(os.getpid(), number)
+            return super().train_step(batch)
+
+    with pytest.raises(Interrupted) as stopped:
+        Preempted(replace(Config(), **SETTINGS | dict(checkpoint_every=100)), data, tmp_path / "run").run()
+    assert stopped.value.signal == number
+    assert [checkpoint.step_of(path) for path in checkpoint.all_of(tmp_path / "run")] == [3]
+
+
+def test_a_folder_that_cannot_be_written_stops_the_run_and_names_the_way_back(data, tmp_path, monkeypatch):
+    def full(content, file):
+        if content["step"] == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(content, file)
+
+    original = torch.save
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(WriteError, match=r"after step 4: .*No space left.*; the last good checkpoint is .*00002\.pt"):
+        pretrain(data, out=tmp_path / "run", **SETTINGS)
+    monkeypatch.undo()
+    run = pretrain(data, out=tmp_path / "run", resume=True)
+    assert steps(run) == [1, 2, 3, 4, 5, 6]
+    assert_same(weights(run), weights(pretrain(data, out=tmp_path / "whole", **SETTINGS)))
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_the_run_goes_on_from_the_one_before(data, tmp_path):
+    run = pretrain(data, out=tmp_path / "run", **SETTINGS)
+    whole = weights(run)
+    checkpoint.find(run).write_bytes(b"")
+    pretrain(data, out=run, resume=True)
+    assert_same(weights(run), whole)
+    assert steps(run) == [1, 2, 3, 4, 5, 6]
+    text = (run / "log.txt").read_text()
+    assert "step_00000006.pt is damaged" in text and "resumed after step 4" in text
+    assert (run / "checkpoints" / "step_00000006.damaged").exists()
+
+
+def test_a_file_that_vanishes_in_mid_run_is_named_and_counted(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(3):
+        np.save(data / f"{i}.npy", np.random.default_rng(i).normal(size=(20, 20)).astype(np.float32))
+
+    class Vanishing(Trainer):
+        def train_step(self, batch):
+            (data / "0.npy").unlink(missing_ok=True)
+            return super().train_step(batch)
+
+    settings = SETTINGS | dict(crop=(12, 12), val_fraction=0.0, val_every=6)
+    Vanishing(replace(Config(), **settings), data, tmp_path / "run").run()
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert "warning: data: another image takes the place of 0.npy: no such file" in text
+    replaced = [record["replaced"] for record in log.read(tmp_path / "run", "train")]
+    assert replaced[0] == 0 and sum(replaced) >= 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_workers_leave_stopping_to_the_main_process(data, tmp_path, number):
     batches = Trainer(replace(Config(), **SETTINGS | dict(steps=12), workers=1), data, tmp_path / "run").batches()
     next(batches)
-    (worker,) = batches._workers
+    (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, number)
     assert len(list(batches)) == 11
 
@@ -229,6 +335,76 @@ def test_a_run_goes_on_with_its_own_settings_and_images_only(data, tmp_path):
     assert_same(weights(run), finished)
     assert steps(run) == [1, 2, 3, 4, 5, 6]
     assert json.loads((run / "config.json").read_text())["train"]["keep"] == 1
+
+
+def test_of_two_runs_that_start_at_once_the_second_is_refused_and_changes_nothing(data, tmp_path):
+    first, second = (Trainer(replace(Config(), **SETTINGS, seed=i), data, tmp_path / "run") for i in range(2))
+    first.run()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(RunInUse, match="another process has been at work"):
+        second.run()
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_that_is_not_of_these_settings_and_held_out_images_is_refused(data, tmp_path):
+    val = volumes(tmp_path / "val", 2, seed=1)
+    run = pretrain(data, out=tmp_path / "run", val=val, **SETTINGS)
+    with pytest.raises(ValueError, match=r"not the images that the run .* was evaluated on"):
+        pretrain(data, out=run, resume=True, val=volumes(tmp_path / "other", 3, seed=2))
+    stored = (run / "config.json").read_text()
+    (run / "config.json").write_text(stored.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(ValueError, match=r"the last checkpoint in .* has seed=0, its config\.json 1"):
+        pretrain(data, out=run, resume=True, val=val)
+    (run / "config.json").write_text(stored)
+    last = checkpoint.find(run)
+    last.write_bytes((run / "backbone.pt").read_bytes())
+    with pytest.raises(ValueError, match=rf"{last.name} is no checkpoint of a run, but a backbone"):
+        pretrain(data, out=run, resume=True, val=val)
+
+
+def test_views_that_never_match_are_reported(data, tmp_path):
+    run = pretrain(data, out=tmp_path / "run", **SETTINGS | dict(crop=(1, 1, 1), heads=(1,), channels=(4,)))
+    assert (run / "log.txt").read_text().count("nothing is learned from such a batch") == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_goes_bad_where_that_is_fatal_is_one_clear_error(data, tmp_path, workers):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(2):
+        np.save(images / f"{i}.npy", np.random.default_rng(i).normal(size=(20, 20)).astype(np.float32))
+    settings = SETTINGS | dict(crop=(12, 12), val_fraction=0.0, workers=workers, on_error="fail")
+    trainer = Trainer(replace(Config(), **settings), images, tmp_path / "run")
+    (images / "0.npy").unlink()
+    with pytest.raises(DataError, match=r"^data: 0\.npy: no such file$"):
+        trainer.run()
+    assert "stopped by DataError: data: 0.npy: no such file" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_backbone_whose_finest_map_is_coarser_than_the_image_trains(data, tmp_path):
+    def build(config):
+        class Coarse(torch.nn.Module):
+            """Two maps, of a half and a quarter of the resolution."""
+
+            channels, strides = (6, 4), ((4, 4, 4), (2, 2, 2))
+
+            def __init__(self):
+                super().__init__()
+                self.fine, self.coarse = torch.nn.Conv3d(1, 4, 2, 2), torch.nn.Conv3d(4, 6, 2, 2)
+
+            def forward(self, x):
+                fine = self.fine(x)
+                return [self.coarse(fine), fine]
+
+        backbone = Coarse()
+        return COVER(backbone, VectorPyramid(backbone.channels, backbone.strides, 3, (1, 1), 4))
+
+    settings = SETTINGS | dict(crop=(13, 12, 8), val_fraction=0.4)  # 13 is padded to 16
+    run = pretrain(data, out=tmp_path / "run", build=build, **settings)
+    record = log.read(run, "train")[-1]
+    assert 0 < record["consistency_loss"] < 2 and record["epe"] > 0
+    with pytest.raises(ValueError, match="`recompute` needs a backbone that has it; Coarse has not"):
+        pretrain(data, out=tmp_path / "other", build=build, **settings, recompute="stages")
 
 
 def test_bad_data_leave_no_run_behind(tmp_path):

@@ -1,6 +1,6 @@
 """Images for pretraining: found, checked, decoded once, normalised, cropped."""
 
-from cover.data.dataset import BatchSampler, PretrainDataset
+from cover.data.dataset import BatchSampler, PretrainDataset, batches_of
 from cover.data.images import ImageSet, check, open_images
 from cover.data.manifest import splits
 from cover.data.report import DataError, ImageError, Report
@@ -12,6 +12,7 @@ __all__ = [
     "ImageSet",
     "PretrainDataset",
     "Report",
+    "batches_of",
     "check",
     "open_images",
     "splits",

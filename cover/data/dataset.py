@@ -1,17 +1,18 @@
 """Crops for pretraining and the order in which they come: both pure functions of the seed and the position."""
 
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cover.config import DataConfig
 from cover.data.images import ImageSet
 from cover.data.report import DataError, ImageError
+from cover.process import ignore_signals
 from cover.rng import Draws
 
 _REPLACEMENTS = 16  # images tried in place of one that fails, before giving up
@@ -35,33 +36,33 @@ class PretrainDataset(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor | str]:
         """One sample, for the key (epoch, index).
 
         Returns:
             image: float32 [in_channels, *(crop + 2 * margin)]; outside the image its nearest voxel is repeated.
             extent: float32 [d, 2], first and last real voxel per axis, in coordinates of the patch.
             epoch, index: int64, the key.
-
-        An image that can no longer be read is replaced by another one, with a warning (`on_error="skip"`).
+            replaced: empty, or why another image stands in for one that can no longer be read (`on_error="skip"`).
 
         Raises:
             DataError: an image can no longer be read and `on_error` is "fail", or too many in a row cannot.
         """
         epoch, index = torch.tensor(key, dtype=torch.int64)
+        failures = []
         draws = Draws(self.seed, epoch[None], index[None])
         for attempt in range(1 + _REPLACEMENTS):
             i = int(index) if attempt == 0 else int(draws.uniform(f"data.replacement.{attempt}") * len(self))
             try:
                 image, extent = self._crop(i, draws)
             except ImageError as error:
-                failure = f"{self.images.name(i)}: {error}"
+                failures.append(f"{self.images.name(i)}: {error}")
                 if self.config.on_error == "fail":
-                    raise DataError(f"data: {failure}") from error
-                warnings.warn(f"data: another image takes the place of {failure}", stacklevel=2)
+                    raise DataError(f"data: {failures[0]}") from error
             else:
-                return {"image": image, "extent": extent, "epoch": epoch, "index": index}
-        raise DataError(f"data: {_REPLACEMENTS + 1} images in a row can no longer be read, the last: {failure}")
+                replaced = f"data: another image takes the place of {'; '.join(failures)}" if failures else ""
+                return {"image": image, "extent": extent, "epoch": epoch, "index": index, "replaced": replaced}
+        raise DataError(f"data: {len(failures)} images in a row can no longer be read, the last: {failures[-1]}")
 
     def _crop(self, i: int, draws: Draws) -> tuple[Tensor, Tensor]:
         array = self.images.array(i)
@@ -74,6 +75,24 @@ class PretrainDataset(Dataset):
         if positions is not None:
             start = np.clip(positions[int(which * len(positions))] - crop // 2, low, high)
         return cut(array, start - margin, crop + 2 * margin)
+
+
+def batches_of(
+    dataset: PretrainDataset, keys: Iterable[list[tuple[int, int]]], workers: int, pin_memory: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The samples of each list of keys as one batch: tensors get a first axis, `replaced` becomes a list."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=keys,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # the global one is part of a run's checkpoint: leave it alone
+    )
+    try:
+        yield from loader
+    except DataError as error:  # that of a worker process carries its traceback
+        raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
 
 
 def cut(array: np.ndarray, start: np.ndarray, shape: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -94,29 +113,34 @@ def cut(array: np.ndarray, start: np.ndarray, shape: np.ndarray) -> tuple[Tensor
 
 
 class BatchSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index), a pure function of (seed, step): each epoch is a permutation without repeats.
+    """Batches of (epoch, index), a pure function of (seed, position): each epoch is a permutation without repeats.
 
     Args:
         length: number of images.
         batch: images per batch; a batch may reach into the next epoch.
         seed: of the run.
-        start: the first step that is yielded.
-        steps: the step before which it ends.
+        start: the images that the run has seen already, in all processes.
+        steps: how many batches are yielded.
+        rank, ranks: this process and their number; together they go through the permutation without repeats.
     """
 
-    def __init__(self, length: int, batch: int, seed: int, start: int = 0, *, steps: int):
+    def __init__(
+        self, length: int, batch: int, seed: int, start: int = 0, *, steps: int, rank: int = 0, ranks: int = 1
+    ):
         if length < 1 or batch < 1:
             raise ValueError(f"BatchSampler: `length` and `batch` must be at least 1, got {length} and {batch}")
         self.length, self.batch, self.seed, self.start, self.steps = length, batch, seed, start, steps
+        self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
-        return max(0, self.steps - self.start)
+        return max(0, self.steps)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         current, order = None, []
-        for step in range(self.start, self.steps):
+        for step in range(self.steps):
             keys = []
-            for sample in range(step * self.batch, (step + 1) * self.batch):
+            first = self.start + (step * self.ranks + self.rank) * self.batch
+            for sample in range(first, first + self.batch):
                 epoch, position = divmod(sample, self.length)
                 if epoch != current:
                     current, order = epoch, self._permutation(epoch)

@@ -1,0 +1,114 @@
+"""Several processes that train one model: real ones, over gloo, as `cover pretrain --nproc` and torchrun start them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import SETTINGS, as_words, volumes
+
+from cover import checkpoint, log
+from cover.data import BatchSampler
+
+RUN = SETTINGS | dict(steps=20, checkpoint_every=5, keep=9, log_every=5, val_fraction=0.3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return volumes(tmp_path_factory.mktemp("data"), 7)
+
+
+def start(data, run, *options, starter=("-m", "cover"), **settings):
+    words = as_words({**RUN, **settings}) if "--resume" not in options else []
+    command = [sys.executable, *starter, "pretrain", data, "--out", run, *options, *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process, expected=0):
+    output = process.communicate(timeout=500)[0].decode()
+    assert process.returncode == expected, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def two(data, tmp_path_factory):
+    """A run of two processes."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    output = finish(start(data, run, "--nproc", 2))
+    assert "process 1 of 2, with 1 threads" in output
+    return run
+
+
+# differ with the machine's load, or (feature_variance, a deviation within each part of the batch) with the parts
+DIFFER = {"kind", "data_wait", "samples_per_second", "peak_memory_mb", "gradient_norm", "feature_variance"}
+
+
+def assert_close(run, other):
+    weights = [checkpoint.load(checkpoint.find(r))["model"] for r in (run, other)]
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+    for kind in ("train", "val"):
+        for a, b in zip(log.read(run, kind), log.read(other, kind), strict=True):
+            for name in a.keys() - DIFFER:
+                assert a[name] == pytest.approx(b[name], rel=1e-2, abs=2e-3), name
+
+
+def test_two_processes_train_like_one_with_twice_the_batch(data, two, tmp_path):
+    finish(start(data, tmp_path / "one", batch=2 * RUN["batch"]))
+    assert_close(two, tmp_path / "one")
+
+
+@pytest.mark.parametrize("nproc", [1, 3])
+def test_a_run_of_two_processes_goes_on_with_any_number(data, two, tmp_path, nproc):
+    run = shutil.copytree(two, tmp_path / "run")
+    for path in checkpoint.all_of(run)[1:]:
+        path.unlink()
+    output = finish(start(data, run, "--resume", *(["--nproc", nproc] if nproc > 1 else [])))
+    assert "resumed after step 5" in output
+    assert [record["step"] for record in log.read(run, "train")] == list(range(1, 21))
+    state = checkpoint.load(checkpoint.find(run))
+    assert state["seen"] == RUN["batch"] * (5 * 2 + 15 * nproc)
+
+
+def rank_of(process, run):
+    """The rank of the process with this folder in /proc, None where it does not train in `run`."""
+    try:
+        environment = (process / "environ").read_bytes().split(b"\0")
+        command = (process / "cmdline").read_bytes().split(b"\0")
+    except OSError:  # gone, or another user's
+        return None
+    ranks = [int(word[5:]) for word in environment if word.startswith(b"RANK=")]
+    return ranks[0] if ranks and str(run).encode() in command else None
+
+
+def test_a_killed_process_makes_torchrun_go_on_from_the_last_checkpoint(data, two, tmp_path):
+    run = tmp_path / "run"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2", "-m", "cover")
+    job = start(data, run, starter=torchrun, steps=60, checkpoint_every=5)
+    deadline = time.monotonic() + 300
+    while job.poll() is None and time.monotonic() < deadline and len(checkpoint.all_of(run)) < 2:
+        time.sleep(0.05)
+    (victim,) = [path for path in Path("/proc").glob("[0-9]*") if rank_of(path, run) == 1]
+    os.kill(int(victim.name), signal.SIGKILL)
+    output = finish(job)
+    assert "resumed after step" in output
+    assert [record["step"] for record in log.read(run, "train")] == list(range(1, 61))
+
+
+def test_processes_share_an_epoch_without_repeats():
+    keys = [list(BatchSampler(12, 2, 0, steps=2, rank=rank, ranks=3)) for rank in range(3)]
+    assert sorted(key for batches in keys for batch in batches for key in batch) == [(0, i) for i in range(12)]
+    # what three processes do in one step, one process with three times the batch does
+    together = list(BatchSampler(12, 6, 0, steps=2))
+    assert [[*a, *b, *c] for a, b, c in zip(*keys, strict=True)] == together
+
+
+def test_bad_settings_are_named_once_before_any_process_starts(data, tmp_path):
+    output = finish(start(data, tmp_path / "run", "--nproc", 2, batch=0), 2)
+    assert output.strip() == "cover pretrain: error: config: `batch` must be at least 1, got 0"
+    assert "expected a number above 0, got '0'" in finish(start(data, tmp_path / "run", "--nproc", 0), 2)
