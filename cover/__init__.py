@@ -2,7 +2,7 @@
 
 from cover.checkpoint import load_backbone, load_model
 from cover.data import check
-from cover.evaluate import evaluate
+from cover.evaluation import evaluate
 from cover.figures import visualize
 from cover.trainer import pretrain
 from cover_kernels import __version__

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cover import config, processes
 from cover.data import DataError, check
-from cover.evaluate import evaluate
+from cover.evaluation import evaluate
 from cover.figures import visualize
 from cover.log import RunInUse
 from cover.presets import PRESETS, preset_config

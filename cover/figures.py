@@ -13,7 +13,7 @@ from torch import Tensor
 from cover.config import Config
 from cover.data import open_images
 from cover.data.reading import SUFFIXES
-from cover.evaluate import HELD_OUT_SEED, held_out_batches, open_run
+from cover.evaluation import HELD_OUT_SEED, held_out_batches, open_run
 from cover.losses import epe
 from cover.model import COVER, Prediction, build_model
 from cover.rng import Draws

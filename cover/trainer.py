@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cover import checkpoint, config, processes
 from cover.config import Config
 from cover.data import BatchSampler, ImageSet, PretrainDataset, batches_of, open_images, splits
-from cover.evaluate import Evaluation, device_of, measure
+from cover.evaluation import Evaluation, device_of, measure
 from cover.log import NoLog, RunInUse, RunLog, lock
 from cover.losses import consistency_loss, epe, feature_variance, vector_loss
 from cover.model import COVER, at_input, build_model

@@ -1,5 +1,6 @@
 """The command line: the same names as the functions, one line for the user's mistakes, codes for scripts."""
 
+import importlib.util
 import inspect
 import os
 import signal
@@ -32,6 +33,7 @@ def run(data):
 @pytest.mark.parametrize("command", ["pretrain", "evaluate", "visualize", "check"])
 def test_every_command_is_a_function_of_the_package(command):
     assert inspect.isfunction(getattr(cover, command))
+    assert importlib.util.find_spec(f"cover.{command}") is None  # a module of that name would take its place
 
 
 def test_pretrain_applies_preset_and_settings(run):

@@ -16,7 +16,7 @@ from tiny import SETTINGS, train, volumes
 from cover import checkpoint, load_backbone, log, pretrain
 from cover.config import Config, replace
 from cover.data import DataError, open_images
-from cover.evaluate import held_out_batches
+from cover.evaluation import held_out_batches
 from cover.log import RunInUse
 from cover.model import COVER
 from cover.process import Interrupted, StopSignals

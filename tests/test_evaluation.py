@@ -12,7 +12,7 @@ from tiny import SETTINGS, volumes
 from cover import evaluate, load_model, log, pretrain
 from cover.config import Config, replace
 from cover.data import open_images
-from cover.evaluate import ErrorHistogram, device_of, held_out_keys, measure
+from cover.evaluation import ErrorHistogram, device_of, held_out_keys, measure
 from cover.model import Prediction
 from cover.views import ViewMaker
 
