@@ -1,7 +1,8 @@
 """Held-out evaluation: endpoint error (EPE) of the predicted displacements, under transforms that never change."""
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -108,7 +109,7 @@ def held_out_batches(
     margin: tuple[int, ...],
     samples: int,
     warn: Callable[[str], None] = warnings.warn,
-) -> Iterator[dict[str, Tensor]]:
+) -> Generator[dict[str, Tensor], None, None]:
     """The patches of an evaluation, in batches: the same in every call. Processes share them out.
 
     `warn` is told of every image that can no longer be read, and for which another one stands in.
@@ -116,10 +117,11 @@ def held_out_batches(
     keys = held_out_keys(len(images), samples)[processes.rank() :: processes.count()]
     batches = [keys[k : k + config.train.batch] for k in range(0, len(keys), config.train.batch)]
     dataset = PretrainDataset(images, config.data, margin, HELD_OUT_SEED)
-    for batch in batches_of(dataset, batches, config.data.workers):
-        for complaint in filter(None, batch.pop("replaced")):
-            warn(complaint)
-        yield batch
+    with contextlib.closing(batches_of(dataset, batches, config.data.workers)) as loaded:
+        for batch in loaded:
+            for complaint in filter(None, batch.pop("replaced")):
+                warn(complaint)
+            yield batch
 
 
 @torch.no_grad()
@@ -136,12 +138,13 @@ def measure(
     was_training = model.training
     model.eval()
     errors, zero_errors, reachable = ErrorHistogram(), ErrorHistogram(), 0.0
-    for batch in held_out_batches(images, config, views.margin, samples, warn):
-        batch = {name: value.to(device) for name, value in batch.items()}
-        a, b, flow, mask = views(batch, Draws(HELD_OUT_SEED, batch["epoch"], batch["index"], device))
-        errors.add(epe(model(a, b).flow, flow, mask))
-        zero_errors.add(epe(torch.zeros_like(flow), flow, mask))
-        reachable += reachable_fraction(flow, mask, model.pyramid.reach).item() * mask.sum().item()
+    with contextlib.closing(held_out_batches(images, config, views.margin, samples, warn)) as batches:
+        for batch in batches:
+            batch = {name: value.to(device) for name, value in batch.items()}
+            a, b, flow, mask = views(batch, Draws(HELD_OUT_SEED, batch["epoch"], batch["index"], device))
+            errors.add(epe(model(a, b).flow, flow, mask))
+            zero_errors.add(epe(torch.zeros_like(flow), flow, mask))
+            reachable += reachable_fraction(flow, mask, model.pyramid.reach).item() * mask.sum().item()
     model.train(was_training)
     for histogram in (errors, zero_errors):
         histogram.merge(device)

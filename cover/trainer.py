@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -189,10 +189,10 @@ class Trainer:
     def train(self) -> Path:
         """As `run`, but a folder that cannot be written is an OSError."""
         self.begin()
-        with StopSignals() as stop, self.log:
+        with StopSignals() as stop, self.log, contextlib.closing(self.batches()) as batches:
             self.announce()
             begun = time.perf_counter()
-            for batch in self.batches():
+            for batch in batches:
                 waited = time.perf_counter() - begun
                 replaced = [complaint for complaint in batch.pop("replaced") if complaint]
                 metrics = self.train_step(batch)
@@ -256,7 +256,7 @@ class Trainer:
             self.log.message(f"warning: {complaint}; put aside as .damaged, the checkpoint before it is taken")
         self.log.message(f"resumed after step {self.step}" if self.step else f"{self.config.train.steps} steps")
 
-    def batches(self) -> Iterator[dict[str, Tensor]]:
+    def batches(self) -> Generator[dict[str, Any], None, None]:
         """The batches of all steps still to do, each a pure function of the seed and the step."""
         c = self.config
         dataset = PretrainDataset(self.images, c.data, self.views.margin, c.train.seed)

@@ -379,6 +379,7 @@ def test_a_file_that_goes_bad_where_that_is_fatal_is_one_clear_error(data, tmp_p
     with pytest.raises(DataError, match=r"^data: 0\.npy: no such file$"):
         trainer.run()
     assert "stopped by DataError: data: 0.npy: no such file" in (tmp_path / "run" / "log.txt").read_text()
+    assert not multiprocessing.active_children()  # they ignore signals: nobody else would end them
 
 
 def test_a_backbone_whose_finest_map_is_coarser_than_the_image_trains(data, tmp_path):

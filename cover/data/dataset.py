@@ -1,6 +1,6 @@
 """Crops for pretraining and the order in which they come: both pure functions of the seed and the position."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -79,8 +79,11 @@ class PretrainDataset(Dataset):
 
 def batches_of(
     dataset: PretrainDataset, keys: Iterable[list[tuple[int, int]]], workers: int, pin_memory: bool = False
-) -> Iterator[dict[str, Any]]:
-    """The samples of each list of keys as one batch: tensors get a first axis, `replaced` becomes a list."""
+) -> Generator[dict[str, Any], None, None]:
+    """The samples of each list of keys as one batch: tensors get a first axis, `replaced` becomes a list.
+
+    To be closed: the worker processes, which leave signals to the main one, end then.
+    """
     loader = DataLoader(
         dataset,
         batch_sampler=keys,
@@ -89,10 +92,14 @@ def batches_of(
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # the global one is part of a run's checkpoint: leave it alone
     )
+    failure = ""
     try:
         yield from loader
     except DataError as error:  # that of a worker process carries its traceback
-        raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
+        failure = str(error).rsplit("DataError: ", 1)[-1].strip()
+        error.__traceback__ = None  # its frames hold the loader, and would keep the workers alive
+    if failure:
+        raise DataError(failure)
 
 
 def cut(array: np.ndarray, start: np.ndarray, shape: np.ndarray) -> tuple[Tensor, Tensor]:
