@@ -57,7 +57,6 @@ def main(arguments: list[str] | None = None) -> None:
     manifest = args.data / data_set.folder / "split.csv"
     run = run_folder(args.out, args.data_set, args.variant, args.seed)
     cover.pretrain(manifest, out=run, resume=run.exists(), **settings)
-    trained = time.perf_counter() - started
 
     held_out = {args.data_set: (manifest, args.rows)}
     if args.rows == "test":
@@ -73,7 +72,6 @@ def main(arguments: list[str] | None = None) -> None:
         "variant": args.variant,
         "seed": args.seed,
         "steps": settings["steps"],
-        "seconds_per_step": trained / settings["steps"],
         "held_out": {name: evaluation.as_record() for name, evaluation in figures.items()},
         "curve": training_curve(run),
     }

@@ -63,11 +63,10 @@ def correspondence_table(results: list[Result], measured_on: str) -> str:
                 spread((100 * f["within_1"] for f in figures), 1),
                 spread((100 * f["within_3"] for f in figures), 1),
                 spread((run["curve"]["feature_variance"][-1] for run in runs), 2),
-                f"{statistics.mean(run['seconds_per_step'] for run in runs):.2f}",
             ]
         )
     header = ["variant", "steps", "seeds", "EPE", "EPE of zero", "ratio", "≤ 1 voxel, %", "≤ 3 voxels, %"]
-    return table([*header, "feature variance", "s / step"], rows) + "\n\n" + commands(shown)
+    return table([*header, "feature variance"], rows) + "\n\n" + commands(shown)
 
 
 def dice_by_seed(results: list[Result]) -> dict[tuple[int, str], dict[str, dict[int, float]]]:
