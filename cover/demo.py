@@ -26,6 +26,7 @@ def main() -> None:
     print(f"\n{time.monotonic() - began:.0f} s. Evaluation on volume {HELD_OUT}, which the network has not seen:\n")
     result = evaluate(run, image, volumes=HELD_OUT)
     print(result)
+    (out / "figures" / "views.png").unlink(missing_ok=True)  # that of an earlier demo
     figures = [
         visualize(run, image, out / "figures" / "views.png", volumes=HELD_OUT),
         plot_training(run, out / "figures" / "training.png"),

@@ -19,7 +19,7 @@ from cover_kernels.checks import acc_dtype
 from cover_kernels.triton.common import LN2, LOG2E, grid, lanes, on_device, program, volume
 
 MOST_BLOCKS = 8  # of a chunk: what is unrolled
-MOST_CHANNELS, MOST_SHARED = 32, 24  # of the only chunk of a group, of one of several
+MOST_CHANNELS, MOST_SHARED = 32, 12  # of the only chunk of a group, of one of several
 MOST_OFFSETS = 9  # scores of a row that are in registers at once; wider windows take several turns
 # What fits into the registers of a thread without spilling (tests/test_triton.py), in numbers of the channels' type:
 # of its own voxels, and in the backward of the voxels of the window that are being loaded.
