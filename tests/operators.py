@@ -47,6 +47,7 @@ CASES = {
         Case("no valid key", (4, 5), channels=2, heads=2, mask="none valid"),
         Case("volume", (4, 6, 18), channels=8, window=5, mask="random"),
         Case("volume, anisotropic window", (5, 9, 7), channels=2, heads=2, window=(3, 7, 7)),
+        Case("volume of several slabs of tiles", (9, 18, 5), channels=2, heads=2),
         Case("volume, window wider than image", (2, 3, 4), channels=1, window=(9, 1, 11)),
         Case("channels last", (6, 7), channels=4, heads=2, layout="channels_last"),
         Case("not contiguous", (3, 5, 6), channels=4, layout="sliced"),

@@ -109,6 +109,29 @@ def test_large_scores_do_not_overflow(backend):
     assert veu(q, k, 5).abs().max() <= 2
 
 
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda t: 40 * t,  # each row, and each plane, has a new maximum, by far
+        lambda t: 3 * t,  # by little
+        lambda t: -40 * t,
+        lambda t: -300 - 5 * (t - 8).abs(),  # all of them far below 0
+        lambda t: 200 * (-1) ** t,
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_of_any_size_are_weighed_by_their_differences(backend, scores, masked):
+    S = (5, 9, 20)
+    z, y, x = torch.meshgrid(*map(torch.arange, S), indexing="ij")
+    k = scores(y + 2 * z).float() + torch.randint(-2, 3, S, generator=torch.Generator().manual_seed(0))
+    # a row's first valid keys then come late, and in some windows never
+    mask = ((y > 5) & (x % 9 > 2))[None, None] if masked else None
+    v = veu(torch.ones(1, 1, *S), k[None, None], 7, scale=1.0, mask=mask)
+    with cover_kernels.use_backend("reference"):
+        exact = veu(torch.ones(1, 1, *S, dtype=torch.float64), k[None, None].double(), 7, scale=1.0, mask=mask)
+    torch.testing.assert_close(v.double(), exact, rtol=0, atol=1e-3)  # scores up to 700 end at 6e-5 in float32
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU kernels")
 def test_backward_through_the_ring_of_slabs():
     """An image too large for the ring at once gives what its parts give: the excess crosses from slab to slab."""

@@ -116,6 +116,20 @@ inline V larger(V a, V b) {
   return a > b ? a : b;
 }
 
+// Whether any element of a comparison is true.
+template <class M>
+inline bool any(M m) {
+#if COVER_BYTES == 64
+  if constexpr (sizeof(m) == 64) return _mm512_test_epi32_mask((__m512i)m, (__m512i)m) != 0;
+#endif
+#if COVER_BYTES >= 32
+  if constexpr (sizeof(m) == 32) return !_mm256_testz_si256((__m256i)m, (__m256i)m);
+#endif
+  bool found = false;
+  for (size_t i = 0; i < sizeof(m) / sizeof(m[0]); i++) found |= m[i] != 0;
+  return found;
+}
+
 #if COVER_BYTES == 64
 // Element (i & 31) of 32 numbers, for every i of a vector of 16 or 8.
 template <class B>
@@ -230,17 +244,35 @@ inline Vec<A> load_converted(const T* p) {
   return load(a);
 }
 
+// Rows of n numbers, `rows` times `channels` of them: where the first begins, and how far apart they lie.
+struct Rows {
+  int64_t first, channel, row;
+};
+
+// dst[c * to.channel + y * to.row..][0..n) = factor * src[from.first + c * from.channel + y * from.row..][0..n)
+template <class A>
+inline void load_rows(Dtype dtype, const void* src, Rows from, int64_t channels, int64_t rows, int64_t n, A factor,
+                      A* dst, Rows to) {
+  with_storage(dtype, [&](auto* type) {
+    auto* p = static_cast<const std::remove_pointer_t<decltype(type)>*>(src) + from.first;
+    dst += to.first;
+    const int64_t last = n - kLanes<A>;
+    for (int64_t c = 0; c < channels; c++)
+      for (int64_t y = 0; y < rows; y++) {
+        const auto* s = p + c * from.channel + y * from.row;
+        A* d = dst + c * to.channel + y * to.row;
+        for (int64_t x = 0; x < last; x += kLanes<A>) store(d + x, load_converted<A>(s + x) * factor);
+        // the last vector overlaps the one before
+        if (last >= 0) store(d + last, load_converted<A>(s + last) * factor);
+        for (int64_t x = 0; x < n && last < 0; x++) d[x] = factor * static_cast<A>(s[x]);
+      }
+  });
+}
+
 // dst[0..n) = factor * src[first..first + n)
 template <class A>
 inline void load_row(Dtype dtype, const void* src, int64_t first, int64_t n, A factor, A* dst) {
-  with_storage(dtype, [&](auto* type) {
-    auto* p = static_cast<const std::remove_pointer_t<decltype(type)>*>(src) + first;
-    const int64_t last = n - kLanes<A>;
-    for (int64_t x = 0; x < last; x += kLanes<A>) store(dst + x, load_converted<A>(p + x) * factor);
-    // the last vector overlaps the one before
-    if (last >= 0) store(dst + last, load_converted<A>(p + last) * factor);
-    for (int64_t x = 0; x < n && last < 0; x++) dst[x] = factor * static_cast<A>(p[x]);
-  });
+  load_rows(dtype, src, {first, 0, 0}, 1, 1, n, factor, dst, {0, 0, 0});
 }
 
 // dst[first..first + n) = factor * src[0..n)

@@ -1,11 +1,11 @@
 // VEU on the CPU: lanes are neighbouring voxels along W, and key rows pass a tile of query rows.
 //
-// A tile is `rows` voxel rows by `width` voxels of one (batch, z). Every key row that some query of the tile sees is
-// copied once into a zero-padded buffer with its halo (which also converts the storage type), a block of rows at a
-// time, and used by all query rows within reach. At one vector of voxels, two query rows share each load of a key and
-// keep the N scores along W in registers; the softmax is online in base 2, with scale * log2(e) folded into the
-// queries. Only the sum and the innermost moment are accumulated per key: the outer moments are the row's sum times a
-// constant. Nothing of size N^d exists anywhere. docs/performance.md counts what it costs.
+// A tile is `planes` by `rows` voxel rows of `width` voxels. Every key row that some query of the tile sees is copied
+// once into a zero-padded buffer with its halo (which also converts the storage type), a block of rows at a time, and
+// used by all query rows within reach. At one vector of voxels, two query rows share each load of a key and keep the N
+// scores along W in registers; the softmax is online in base 2, with scale * log2(e) folded into the queries. Only the
+// sum and the innermost moment are accumulated per key: the outer moments are the row's sum times a constant. Nothing
+// of size N^d exists anywhere. docs/performance.md counts what it costs.
 namespace cover {
 namespace COVER_ISA {
 
@@ -13,45 +13,76 @@ constexpr int kChunk = 8;  // scores of a row that are in registers at once; wid
 constexpr int kRows = COVER_REGISTERS >= 32 ? 2 : 1;  // query rows that share the loads of a key: what registers allow
 constexpr int64_t kTileElements = 32768;              // of a tile's queries: half of a small second-level cache
 constexpr int64_t kNearElements = 4096;  // of passing rows at one vector of voxels: half of a first-level cache
+constexpr int64_t kTilePlanes = 4;       // of a tile at most,
+constexpr int64_t kFewTiles = 8;         // and fewer rather than leave fewer tiles than this to the threads
+constexpr double kSlack = 64;            // by as much scores may exceed what stands for their maximum, in powers of 2
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // The geometry of a VEU call: how it is cut into tiles.
 template <class A>
 struct VeuTiles {
   const Veu& a;
-  int64_t D, H, W, R[3];  // R: the window's radii
-  int64_t rows, width;    // of a tile; width is a multiple of the lanes
-  int64_t left, halo;     // of a padded row: where the tile's first voxel is, and its width
-  int64_t passing;        // padded rows that are in memory at once
-  int64_t ny, nx, n;      // tiles along H, along W, and per (batch or group)
+  int64_t D, H, W, R[3];        // R: the window's radii
+  int64_t planes, rows, width;  // of a tile; width is a multiple of the lanes
+  int64_t left, halo;           // of a padded row: where the tile's first voxel is, and its width
+  int64_t passing;              // padded rows that are in memory at once
+  int64_t nz, ny, nx, n;        // tiles along D, H and W, and per (batch or group)
 
   explicit VeuTiles(const Veu& a) : a(a), D(a.S[0]), H(a.S[1]), W(a.S[2]) {
     // a window wider than the image sees no more than one as wide as the image
     for (int i = 0; i < 3; i++) R[i] = min((a.N[i] - 1) / 2, a.S[i] - 1);
     const int64_t lanes = kLanes<A>;
-    rows = min<int64_t>(H, 8);
-    while (rows > 1 && a.C * rows * lanes > kTileElements) rows /= 2;
+    int64_t most = 8;
+    while (most > 1 && a.C * most * lanes > kTileElements) most /= 2;
+    split(H, most, rows, ny, kRows);
     width = max(lanes, min(round_up(W, lanes), kTileElements / (a.C * rows) / lanes * lanes));
+    nx = (W + width - 1) / width;
+    // a plane of keys is copied once for all planes of a tile that see it
+    most = min<int64_t>(kTilePlanes, max<int64_t>(1, kTileElements / (a.C * rows * width)));
+    while (most > 1 && a.B * ((D + most - 1) / most) * ny * nx < kFewTiles) most--;
+    split(D, most, planes, nz, 1);
     left = round_up(R[2], lanes);
     halo = round_up(left + width + R[2], lanes);
     passing = max<int64_t>(1, min(min(rows + 2 * R[1], H), kNearElements / (2 * (a.C + 1) * lanes)));
-    ny = (H + rows - 1) / rows;
-    nx = (W + width - 1) / width;
-    n = D * ny * nx;
+    n = nz * ny * nx;
+  }
+
+  // Cuts `size` into the fewest parts of at most `most`, as even as can be, each but the last a multiple of `unit`.
+  static void split(int64_t size, int64_t most, int64_t& part, int64_t& parts, int64_t unit) {
+    parts = (size + most - 1) / most;
+    part = min(most, round_up((size + parts - 1) / parts, unit));
+    parts = (size + part - 1) / part;
+  }
+
+  // Elements of a channel of a tile; and with the row more that a pair of rows at an odd end looks at.
+  int64_t tile_size() const { return planes * rows * width; }
+  int64_t padded_size() const { return tile_size() + width; }
+
+  // Rows (z, y..) of the channels of group j in batch b, from voxel x on.
+  Rows rows_of(int64_t b, int64_t j, int64_t z, int64_t y, int64_t x) const {
+    return {((b * a.J + j) * a.C * D + z) * H * W + y * W + x, D * H * W, W};
   }
 };
 
 // One tile: its origin and its extent inside the image.
 template <class A>
 struct VeuTile {
-  int64_t z, y, x, ny, nx;
+  int64_t z, y, x, nz, ny, nx;
 
   VeuTile(const VeuTiles<A>& t, int64_t tile)
-      : z(tile / (t.ny * t.nx)),
+      : z(tile / (t.ny * t.nx) * t.planes),
         y(tile / t.nx % t.ny * t.rows),
         x(tile % t.nx * t.width),
+        nz(min(t.planes, t.D - z)),
         ny(min(t.rows, t.H - y)),
         nx(min(t.width, t.W - x)) {}
+
+  // Calls f(z, y, row of the tile) for every row.
+  template <class F>
+  void for_rows(const VeuTiles<A>& t, const F& f) const {
+    for (int64_t i = 0; i < nz; i++)
+      for (int64_t k = 0; k < ny; k++) f(z + i, y + k, i * t.rows + k);
+  }
 };
 
 // Offset of voxel (z, y, x) of channel c, of `channels`, in batch b.
@@ -60,16 +91,16 @@ inline int64_t at(const VeuTiles<A>& t, int64_t b, int64_t channels, int64_t c, 
   return (((b * channels + c) * t.D + z) * t.H + y) * t.W + x;
 }
 
-// Queries (or keys) of a tile's rows in group j: dst [rows, C, width], zero beyond the image.
+// Queries (or keys) of a tile in group j: dst [planes, rows, C, width], zero beyond the image.
 template <class A>
 inline void load_tile(const VeuTiles<A>& t, const VeuTile<A>& tile, const void* src, int64_t b, int64_t j, A factor,
                       A* dst) {
-  const Veu& a = t.a;
-  for (int64_t y = 0; y < tile.ny; y++)
-    for (int64_t c = 0; c < a.C; c++, dst += t.width) {
-      load_row(a.dtype, src, at(t, b, a.J * a.C, j * a.C + c, tile.z, tile.y + y, tile.x), tile.nx, factor, dst);
-      fill(dst + tile.nx, t.width - tile.nx, A(0));
-    }
+  const int64_t C = t.a.C, row = C * t.width;
+  for (int64_t i = 0; i < tile.nz; i++)
+    load_rows(t.a.dtype, src, t.rows_of(b, j, tile.z + i, tile.y, tile.x), C, tile.ny, tile.nx, factor,
+              dst + i * t.rows * row, {0, t.width, row});
+  for (int64_t i = 0; tile.nx < t.width && i < tile.nz * t.rows * C; i++)
+    fill(dst + i * t.width + tile.nx, t.width - tile.nx, A(0));
 }
 
 // The part of a padded row that lies inside the image: dst[begin..end) holds voxels x0..
@@ -96,32 +127,49 @@ inline void load_halo(const VeuTiles<A>& t, const Inside& in, const void* src, i
   std::memcpy(dst + in.begin, static_cast<const A*>(src) + row + in.x0, (in.end - in.begin) * sizeof(A));
 }
 
-// Feature row (z, y) of group j with its halo: dst [C, halo], zero beyond the image.
+// Feature rows (z, y..) of group j inside the image: n rows, `row` apart, of dst [C, halo].
 template <class A>
 inline void load_features(const VeuTiles<A>& t, const Inside& in, const void* src, int64_t b, int64_t j, int64_t z,
-                          int64_t y, A factor, A* dst) {
-  const Veu& a = t.a;
-  for (int64_t c = 0; c < a.C; c++, dst += t.halo) {
-    fill_outside(t, in, A(0), dst);
-    load_row(a.dtype, src, at(t, b, a.J * a.C, j * a.C + c, z, y, in.x0), in.end - in.begin, factor, dst + in.begin);
+                          int64_t y, int64_t n, A factor, A* dst, int64_t row) {
+  load_rows(t.a.dtype, src, t.rows_of(b, j, z, y, in.x0), t.a.C, n, in.end - in.begin, factor, dst,
+            {in.begin, t.halo, row});
+}
+
+// What lies outside the image in `passing` rows of features [C, halo] and what follows them, `row` apart: zeros.
+template <class A>
+inline void clear_features(const VeuTiles<A>& t, const Inside& in, A* dst, int64_t row) {
+  for (int64_t i = 0; i < t.passing; i++)
+    for (int64_t c = 0; c < t.a.C; c++) fill_outside(t, in, A(0), dst + i * row + c * t.halo);
+}
+
+// Key rows with their halo, of features [C, halo] and a bias [halo]: 0 where a key takes part, -inf elsewhere.
+// What does not depend on the rows is written once for all tiles between the same columns.
+template <class A>
+inline void clear_keys(const VeuTiles<A>& t, const Inside& in, A* keys) {
+  const int64_t row = (t.a.C + 1) * t.halo;
+  clear_features(t, in, keys, row);
+  for (int64_t i = 0; i < t.passing; i++) {
+    A* bias = keys + i * row + t.a.C * t.halo;
+    fill_outside(t, in, -kInf<A>, bias);
+    fill(bias + in.begin, in.end - in.begin, A(0));
   }
 }
 
-// Key row with its halo: features [C, halo], then bias [halo]: 0 where a key takes part, -inf elsewhere. Keys that do
-// not take part are zero, so that nothing they hold (a NaN, say) reaches the sums.
+// Key rows (z, y..), n of them, into what `clear_keys` prepared. Keys that do not take part are zero, so that nothing
+// they hold (a NaN, say) reaches the sums.
 template <class A>
-inline void load_keys(const VeuTiles<A>& t, const Inside& in, int64_t b, int64_t j, int64_t z, int64_t y, A* keys) {
+inline void load_keys(const VeuTiles<A>& t, const Inside& in, int64_t b, int64_t j, int64_t z, int64_t y, int64_t n,
+                      A* keys) {
   const Veu& a = t.a;
-  load_features(t, in, a.k, b, j, z, y, A(1), keys);
-  A* bias = keys + a.C * t.halo;
-  fill_outside(t, in, -kInf<A>, bias);
-  fill(bias + in.begin, in.end - in.begin, A(0));
-  if (!a.mask) return;
-  const bool* mask = a.mask + at(t, b, 1, 0, z, y, in.x0);
-  for (int64_t i = in.begin; i < in.end; i++) {
-    if (mask[i - in.begin]) continue;
-    bias[i] = -kInf<A>;
-    for (int64_t c = 0; c < a.C; c++) keys[c * t.halo + i] = 0;
+  const int64_t row = (a.C + 1) * t.halo;
+  load_features(t, in, a.k, b, j, z, y, n, A(1), keys, row);
+  for (int64_t y1 = 0; a.mask && y1 < n; y1++) {
+    const bool* mask = a.mask + at(t, b, 1, 0, z, y + y1, in.x0);
+    A *key = keys + y1 * row, *bias = key + a.C * t.halo;
+    for (int64_t i = in.begin; i < in.end; i++) {
+      bias[i] = mask[i - in.begin] ? A(0) : -kInf<A>;
+      for (int64_t c = 0; !mask[i - in.begin] && c < a.C; c++) key[c * t.halo + i] = 0;
+    }
   }
 }
 
@@ -165,7 +213,7 @@ inline void for_vectors(int64_t n, const F& f) {
 template <class A, class F>
 inline void for_passing_rows(const VeuTiles<A>& t, const VeuTile<A>& tile, const F& f) {
   const int64_t y0 = max<int64_t>(0, tile.y - t.R[1]), y1 = min(t.H, tile.y + tile.ny + t.R[1]);
-  for (int64_t z = max<int64_t>(0, tile.z - t.R[0]); z <= min(t.D - 1, tile.z + t.R[0]); z++)
+  for (int64_t z = max<int64_t>(0, tile.z - t.R[0]); z < min(t.D, tile.z + tile.nz + t.R[0]); z++)
     for (int64_t y = y0; y < y1; y += t.passing) f(z, y, min(t.passing, y1 - y));
 }
 
@@ -174,20 +222,28 @@ struct Reach {
   int64_t first, last;
 };
 
-// For each kRows neighbouring rows of a tile, calls f(the first of them, what each sees of the block of n rows y..,
-// how far it is from the block's first row).
+// A block of rows that passes kRows neighbouring rows of a tile: what each of them sees of it, and how far its first
+// row is from theirs along D and H.
+struct Passing {
+  Reach seen[kRows];
+  int64_t oz, oy[kRows];
+};
+
+// For each kRows neighbouring rows of a tile whose windows reach plane z, calls f(the first of them, their view of the
+// block of n rows (z, y..)).
 template <class A, class F>
-inline void for_row_pairs(const VeuTiles<A>& t, const VeuTile<A>& tile, int64_t y, int64_t n, const F& f) {
-  for (int64_t row = 0; row < tile.ny; row += kRows) {
-    Reach seen[kRows];
-    int64_t oy[kRows];
-    for (int r = 0; r < kRows; r++) {
-      oy[r] = y - (tile.y + row + r);
-      seen[r] = {min(n, max<int64_t>(0, -t.R[1] - oy[r])), max<int64_t>(0, min(n, t.R[1] + 1 - oy[r]))};
-      if (row + r >= tile.ny) seen[r] = {n, n};
+inline void for_row_pairs(const VeuTiles<A>& t, const VeuTile<A>& tile, int64_t z, int64_t y, int64_t n, const F& f) {
+  for (int64_t i = max<int64_t>(0, z - t.R[0] - tile.z); i < min(tile.nz, z + t.R[0] + 1 - tile.z); i++)
+    for (int64_t row = 0; row < tile.ny; row += kRows) {
+      Passing block;
+      block.oz = z - (tile.z + i);
+      for (int r = 0; r < kRows; r++) {
+        const int64_t oy = block.oy[r] = y - (tile.y + row + r);
+        block.seen[r] = {min(n, max<int64_t>(0, -t.R[1] - oy)), max<int64_t>(0, min(n, t.R[1] + 1 - oy))};
+        if (row + r >= tile.ny) block.seen[r] = {n, n};
+      }
+      f(i * t.rows + row, block);
     }
-    f(row, seen, oy);
-  }
 }
 
 // Calls f(how many rows of the pair, the first of them, passing row), numbers of rows as constants, for each passing
@@ -205,39 +261,56 @@ COVER_INLINE void for_passing(const Reach (&seen)[kRows], const F& f) {
   }
 }
 
-// Online softmax of a tile's rows: maximum, sum and moments along the three axes, each [rows, width].
+// Online softmax of a tile's rows: a stand-in for the maximum, sum and moments along the three axes, each
+// [planes, rows, width]. The stand-in is a score that was the maximum once, and is raised where another exceeds it by
+// more than kSlack: seldom, so that no exponential waits for a maximum.
 template <class A>
 struct Softmax {
-  A *max, *sum, *moment[3];
+  A *top, *sum, *moment[3];
 };
 
-// The key rows of a plane, at oz, against kRows query rows, oy[r] + i away from key row i: G offsets, of which the
-// middle one is `middle`. q, keys and state point at the vector of voxels and the first offset.
+// A block of key rows against kRows query rows: G offsets, of which the middle one is `middle`. q, keys and state point
+// at the vector of voxels and the first offset.
 template <int G, class V, class A>
-__attribute__((noinline)) void forward_plane(const VeuTiles<A>& t, const A* q, const A* keys,
-                                             const Reach (&seen)[kRows], A oz, const int64_t (&oy)[kRows], A middle,
-                                             const Softmax<A>& state) {
+__attribute__((noinline)) void forward_rows(const VeuTiles<A>& t, const A* q, const A* keys, const Passing& block,
+                                            A middle, const Softmax<A>& state) {
   const int64_t C = t.a.C;
-  V top[kRows], sum[kRows], along_y[kRows], along_x[kRows];
+  V top[kRows], limit[kRows], sum[kRows], along_y[kRows], along_x[kRows];
   unroll<kRows>([&](auto r) COVER_INLINE_LAMBDA {
-    top[r] = load_as<V>(state.max + r * t.width);
+    top[r] = load_as<V>(state.top + r * t.width);
+    limit[r] = load_as<V>(state.sum + r * t.width) == A(0) ? V{} - kInf<A> : V{} + A(kSlack);
     sum[r] = along_y[r] = along_x[r] = V{};
   });
-  for_passing(seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
+  for_passing(block.seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
     const A* row = keys + i * (C + 1) * t.halo;
-    V s[rows][G];
+    V s[rows][G], peak[rows];
     unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
-      const V bias = load_as<V>(row + C * t.halo + g);
-      unroll<rows>([&](auto j) COVER_INLINE_LAMBDA { s[j][g] = bias; });
+      const V bias = load_once<V>(row + C * t.halo + g);
+      unroll<rows>([&](auto j) COVER_INLINE_LAMBDA { s[j][g] = bias - top[first + j]; });
     });
     dot<rows, G>(C, q + first * C * t.width, C * t.width, t.width, row, t.halo, s);
+    auto above = V{} > V{};
+    unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
+      peak[j] = s[j][0];
+      unroll<G - 1>([&](auto g) COVER_INLINE_LAMBDA { peak[j] = larger(s[j][g + 1], peak[j]); });
+      above |= peak[j] > limit[first + j];
+    });
+    if (__builtin_expect(any(above), 0))
+      unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
+        const int r = first + j;
+        const auto raised = peak[j] > limit[r];
+        const V now = raised ? top[r] + peak[j] : top[r], by = now - top[r];
+        const V decay = exp2(by < A(0) ? V{} : -by);  // below 0 where there was no key before
+        top[r] = now;
+        limit[r] = raised ? V{} + A(kSlack) : limit[r];
+        sum[r] *= decay;
+        along_x[r] *= decay;
+        along_y[r] *= decay;
+        unroll<G>([&](auto g) COVER_INLINE_LAMBDA { s[j][g] -= by; });
+      });
     unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
       const int r = first + j;
-      V now = top[r];
-      unroll<G>([&](auto g) COVER_INLINE_LAMBDA { now = larger(s[j][g], now); });
-      const V decay = exp2(top[r] - now);
-      top[r] = now;
-      unroll<G>([&](auto g) COVER_INLINE_LAMBDA { s[j][g] = exp2(s[j][g] - now); });
+      unroll<G>([&](auto g) COVER_INLINE_LAMBDA { s[j][g] = exp2(s[j][g]); });
       // opposite offsets together: the moment about the middle takes one multiplication for two of them
       V total{}, moment{};
       if (G % 2) total = s[j][G / 2];
@@ -245,86 +318,87 @@ __attribute__((noinline)) void forward_plane(const VeuTiles<A>& t, const A* q, c
         total += s[j][g] + s[j][G - 1 - g];
         moment += (s[j][G - 1 - g] - s[j][g]) * static_cast<A>((G - 1) / 2.0 - g);
       });
-      sum[r] = sum[r] * decay + total;
-      along_x[r] = along_x[r] * decay + moment;
-      along_y[r] = along_y[r] * decay + total * static_cast<A>(oy[r] + i);
+      sum[r] += total;
+      along_x[r] += moment;
+      along_y[r] += total * static_cast<A>(block.oy[r] + i);
     });
   });
   unroll<kRows>([&](auto r) COVER_INLINE_LAMBDA {
-    if (seen[r].first >= seen[r].last) return;
+    if (block.seen[r].first >= block.seen[r].last) return;
     const int64_t at = r * t.width;
-    const V decay = exp2(load_as<V>(state.max + at) - top[r]);
+    const V by = top[r] - load_as<V>(state.top + at), decay = exp2(by < A(0) ? V{} : -by);
     const auto add = [&](A* to, V value) { store(to + at, load_as<V>(to + at) * decay + value); };
-    store(state.max + at, top[r]);
+    store(state.top + at, top[r]);
     add(state.sum, sum[r]);
     add(state.moment[2], along_x[r] + sum[r] * middle);
     add(state.moment[1], along_y[r]);
-    add(state.moment[0], sum[r] * oz);
+    add(state.moment[0], sum[r] * static_cast<A>(block.oz));
   });
 }
 
 template <class A>
 struct ForwardBuffers {
   A *q, *keys, *state, *out;
+  int64_t cleared = -1;  // the column whose tiles `keys` is prepared for
 
   static int64_t size(const VeuTiles<A>& t) {
-    return t.rows * t.a.C * t.width + t.passing * (t.a.C + 1) * t.halo + 8 * t.rows * t.width;
+    return (t.a.C + 3) * t.tile_size() + 5 * t.padded_size() + t.passing * (t.a.C + 1) * t.halo;
   }
   ForwardBuffers(const VeuTiles<A>& t, Scratch<A>& scratch)
-      : q(scratch.take(t.rows * t.a.C * t.width)),
+      : q(scratch.take(t.a.C * t.tile_size())),
         keys(scratch.take(t.passing * (t.a.C + 1) * t.halo)),
-        state(scratch.take(5 * t.rows * t.width)),
-        out(scratch.take(3 * t.rows * t.width)) {}
+        state(scratch.take(5 * t.padded_size())),
+        out(scratch.take(3 * t.tile_size())) {}
 };
 
-// v and lse of one tile; `out` [3, rows, width] sums the groups.
+// v and lse of one tile; `out` [3, planes, rows, width] sums the groups.
 template <class A>
-inline void forward_tile(const VeuTiles<A>& t, int64_t b, const VeuTile<A>& tile, const ForwardBuffers<A>& s) {
+inline void forward_tile(const VeuTiles<A>& t, int64_t b, const VeuTile<A>& tile, ForwardBuffers<A>& s) {
   const Veu& a = t.a;
-  const int64_t plane = t.rows * t.width;
+  const int64_t size = t.tile_size(), padded = t.padded_size();
   const Inside in = inside_row(t, tile);
-  fill(s.out, 3 * plane, A(0));
+  fill(s.out, 3 * size, A(0));
+  if (s.cleared != tile.x) clear_keys(t, in, s.keys);
+  s.cleared = tile.x;
   for (int64_t j = 0; j < a.J; j++) {
     load_tile(t, tile, a.q, b, j, static_cast<A>(a.scale * kLog2e), s.q);
-    // finite, so that -inf - max is never NaN
-    fill(s.state, plane, std::numeric_limits<A>::lowest() / 2);
-    fill(s.state + plane, 4 * plane, A(0));
+    fill(s.state, 5 * padded, A(0));
     const auto state_at = [&](int64_t i) {
       A* p = s.state + i;
-      return Softmax<A>{p, p + plane, {p + 2 * plane, p + 3 * plane, p + 4 * plane}};
+      return Softmax<A>{p, p + padded, {p + 2 * padded, p + 3 * padded, p + 4 * padded}};
     };
     for_passing_rows(t, tile, [&](int64_t z, int64_t y, int64_t n) {
-      for (int64_t i = 0; i < n; i++) load_keys(t, in, b, j, z, y + i, s.keys + i * (a.C + 1) * t.halo);
+      load_keys(t, in, b, j, z, y, n, s.keys);
       for_vectors<A>(tile.nx, [&](int64_t x, auto vector) {
-        for_row_pairs(t, tile, y, n, [&](int64_t row, const Reach(&seen)[kRows], const int64_t(&oy)[kRows]) {
+        for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
           for_chunks(2 * t.R[2] + 1, [&](int64_t o, auto G) {
-            forward_plane<G, decltype(vector)>(t, s.q + row * a.C * t.width + x, s.keys + t.left - t.R[2] + x + o, seen,
-                                               static_cast<A>(z - tile.z), oy,
-                                               static_cast<A>(o - t.R[2] + (G - 1) / 2.0), state_at(row * t.width + x));
+            forward_rows<G, decltype(vector)>(t, s.q + row * a.C * t.width + x, s.keys + t.left - t.R[2] + x + o, block,
+                                              static_cast<A>(o - t.R[2] + (G - 1) / 2.0), state_at(row * t.width + x));
           });
         });
       });
     });
-    for (int64_t y = 0; y < tile.ny; y++) {
-      const Softmax<A> m = state_at(y * t.width);
+    tile.for_rows(t, [&](int64_t z, int64_t y, int64_t row) {
+      const Softmax<A> m = state_at(row * t.width);
       for (int64_t x = 0; x < t.width; x += kLanes<A>) {
         const Vec<A> sum = load(m.sum + x);
         // 1 where there is no key: the moments are 0 there
         const Vec<A> weight = static_cast<A>(1.0 / a.J) / (sum == A(0) ? splat(A(1)) : sum);
         for (int i = 0; i < 3; i++) {
-          A* out = s.out + i * plane + y * t.width + x;
+          A* out = s.out + i * size + row * t.width + x;
           store(out, load(out) + load(m.moment[i] + x) * weight);
         }
-        const Vec<A> lse = (load(m.max + x) + log2(sum == A(0) ? splat(A(1)) : sum)) * static_cast<A>(kLn2);
-        store(m.max + x, sum == A(0) ? splat(-kInf<A>) : lse);
+        const Vec<A> lse = (load(m.top + x) + log2(sum == A(0) ? splat(A(1)) : sum)) * static_cast<A>(kLn2);
+        store(m.top + x, sum == A(0) ? splat(-kInf<A>) : lse);
       }
-      std::memcpy(static_cast<A*>(a.lse) + at(t, b, a.J, j, tile.z, tile.y + y, tile.x), m.max, tile.nx * sizeof(A));
-    }
+      std::memcpy(static_cast<A*>(a.lse) + at(t, b, a.J, j, z, y, tile.x), m.top, tile.nx * sizeof(A));
+    });
   }
   for (int64_t i = 0; i < a.d; i++)
-    for (int64_t y = 0; y < tile.ny; y++)
-      std::memcpy(static_cast<A*>(a.v) + at(t, b, a.d, i, tile.z, tile.y + y, tile.x),
-                  s.out + (3 - a.d + i) * plane + y * t.width, tile.nx * sizeof(A));
+    tile.for_rows(t, [&](int64_t z, int64_t y, int64_t row) {
+      std::memcpy(static_cast<A*>(a.v) + at(t, b, a.d, i, z, y, tile.x), s.out + (3 - a.d + i) * size + row * t.width,
+                  tile.nx * sizeof(A));
+    });
 }
 
 template <class A>
@@ -332,7 +406,7 @@ inline void veu_fwd(const Veu& a) {
   const VeuTiles<A> t(a);
   parallel_for(a.B * t.n, [&](int64_t begin, int64_t end) {
     Scratch<A> scratch(ForwardBuffers<A>::size(t));
-    const ForwardBuffers<A> buffers(t, scratch);
+    ForwardBuffers<A> buffers(t, scratch);
     for (int64_t i = begin; i < end; i++) forward_tile(t, i / t.n, VeuTile<A>(t, i % t.n), buffers);
   });
 }

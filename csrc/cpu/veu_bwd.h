@@ -14,21 +14,22 @@ constexpr int64_t kRingElements = 1 << 20;  // of the excess, about
 template <class A>
 struct BackwardBuffers {
   A *center, *passing, *sum, *weighted, *grad[3], *inner, *lse, *excess;
+  int64_t cleared = -1;  // the column whose tiles `passing` is prepared for
 
   static int64_t size(const VeuTiles<A>& t) {
-    return 3 * t.rows * t.a.C * t.width + t.passing * (t.a.C + 4) * t.halo + 6 * max(t.rows * t.width, t.halo);
+    return 3 * t.a.C * t.tile_size() + t.passing * (t.a.C + 5) * t.halo + 6 * max(t.padded_size(), t.halo);
   }
   BackwardBuffers(const VeuTiles<A>& t, Scratch<A>& scratch)
-      : center(scratch.take(t.rows * t.a.C * t.width)),           // queries or keys of the tile
-        passing(scratch.take(t.passing * (t.a.C + 4) * t.halo)),  // keys or queries of passing rows
-        sum(scratch.take(t.rows * t.a.C * t.width)),              // sum t k, or the sum of grad_k
-        weighted(scratch.take(t.rows * t.a.C * t.width)),         // sum w k
+      : center(scratch.take(t.a.C * t.tile_size())),              // queries or keys of the tile
+        passing(scratch.take(t.passing * (t.a.C + 5) * t.halo)),  // keys or queries of passing rows
+        sum(scratch.take(t.a.C * t.tile_size())),                 // sum t k, or the sum of grad_k
+        weighted(scratch.take(t.a.C * t.tile_size())),            // sum w k
         // g, <g, v>, log-sum-exp and excess: of the tile's rows, or of a passing row with its halo
-        grad{scratch.take(max(t.rows * t.width, t.halo)), scratch.take(max(t.rows * t.width, t.halo)),
-             scratch.take(max(t.rows * t.width, t.halo))},
-        inner(scratch.take(max(t.rows * t.width, t.halo))),
-        lse(scratch.take(max(t.rows * t.width, t.halo))),
-        excess(scratch.take(max(t.rows * t.width, t.halo))) {}
+        grad{scratch.take(max(t.padded_size(), t.halo)), scratch.take(max(t.padded_size(), t.halo)),
+             scratch.take(max(t.padded_size(), t.halo))},
+        inner(scratch.take(max(t.padded_size(), t.halo))),
+        lse(scratch.take(max(t.padded_size(), t.halo))),
+        excess(scratch.take(max(t.padded_size(), t.halo))) {}
 };
 
 // Log-sum-exp in base 2, with +inf where there is no key: 2^(s - inf) = 0 for every s.
@@ -62,24 +63,22 @@ COVER_INLINE void add_weighted(int64_t C, const V (*t)[G], const A* k, int64_t k
   }
 }
 
-// The key rows of a plane, at oz, against kRows query rows, oy[r] + i away from key row i: adds to sum, weighted
-// [C, width] and excess [width] for G offsets, the first of which is ox. Pointers are at the vector of voxels and the
-// first offset.
+// A block of key rows against kRows query rows: adds to sum, weighted [C, width] and excess [width] for G offsets, the
+// first of which is ox. Pointers are at the vector of voxels and the first offset.
 template <int G, bool kGroups, class V, class A>
-__attribute__((noinline)) void query_plane(const VeuTiles<A>& t, const BackwardBuffers<A>& s, int64_t row, int64_t x,
-                                           const A* keys, const Reach (&seen)[kRows], A oz, const int64_t (&oy)[kRows],
-                                           A ox) {
+__attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBuffers<A>& s, int64_t row, int64_t x,
+                                          const A* keys, const Passing& block, A ox) {
   const int64_t C = t.a.C, row_size = C * t.width, at = row * t.width + x, first_row = row * row_size + x;
   V base[kRows], grad_y[kRows], grad_x[kRows], lse[kRows], excess[kRows];
   unroll<kRows>([&](auto r) COVER_INLINE_LAMBDA {
     const int64_t i = at + r * t.width;
     grad_y[r] = load_as<V>(s.grad[1] + i);
     grad_x[r] = load_as<V>(s.grad[2] + i);
-    base[r] = load_as<V>(s.grad[0] + i) * oz - load_as<V>(s.inner + i) + grad_x[r] * ox;
+    base[r] = load_as<V>(s.grad[0] + i) * static_cast<A>(block.oz) - load_as<V>(s.inner + i) + grad_x[r] * ox;
     lse[r] = load_as<V>(s.lse + i);
     excess[r] = V{};
   });
-  for_passing(seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
+  for_passing(block.seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
     const A* key = keys + i * (C + 1) * t.halo;
     V w[rows][G], to[rows][G];
     unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
@@ -89,7 +88,7 @@ __attribute__((noinline)) void query_plane(const VeuTiles<A>& t, const BackwardB
     dot<rows, G>(C, s.center + first_row + first * row_size, row_size, t.width, key, t.halo, w);
     unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
       const int r = first + j;
-      V offset = base[r] + grad_y[r] * static_cast<A>(oy[r] + i);
+      V offset = base[r] + grad_y[r] * static_cast<A>(block.oy[r] + i);
       unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
         w[j][g] = exp2(w[j][g] - lse[r]);
         to[j][g] = w[j][g] * offset;
@@ -101,29 +100,30 @@ __attribute__((noinline)) void query_plane(const VeuTiles<A>& t, const BackwardB
     if (kGroups) add_weighted<rows, G>(C, w, key, t.halo, s.weighted + first_row + first * row_size, row_size, t.width);
   });
   unroll<kGroups ? kRows : 0>([&](auto r) COVER_INLINE_LAMBDA {
-    if (seen[r].first >= seen[r].last) return;
+    if (block.seen[r].first >= block.seen[r].last) return;
     A* p = s.excess + at + r * t.width;
     store(p, load_as<V>(p) + excess[r]);
   });
 }
 
-// The query rows of a plane against kRows key rows, -oy[r] - i away from query row i: adds to sum [C, width] for G
-// queries, the first of which is ox away from the key. A query row is [C + 4, halo]: its features, g_z oz - delta_j,
-// g_y, g_x and its log-sum-exp.
+// A block of query rows, at -oz, -oy[r] - i, against kRows key rows: adds to sum [C, width] for G queries, the first of
+// which is ox away from the key. A query row is [C + 5, halo]: its features, -delta_j, g_z, g_y, g_x and its
+// log-sum-exp.
 template <int G, class V, class A>
-__attribute__((noinline)) void key_plane(const VeuTiles<A>& t, const BackwardBuffers<A>& s, int64_t row, int64_t x,
-                                         const A* queries, const Reach (&seen)[kRows], const int64_t (&oy)[kRows],
-                                         A ox) {
+__attribute__((noinline)) void key_rows(const VeuTiles<A>& t, const BackwardBuffers<A>& s, int64_t row, int64_t x,
+                                        const A* queries, const Passing& block, A ox) {
   const int64_t C = t.a.C, row_size = C * t.width, first_row = row * row_size + x;
-  for_passing(seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
-    const A* query = queries + i * (C + 4) * t.halo;
-    const A *base = query + C * t.halo, *grad_y = base + t.halo, *grad_x = grad_y + t.halo, *lse = grad_x + t.halo;
-    const A y = static_cast<A>(-oy[first] - i);
+  for_passing(block.seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
+    const A* query = queries + i * (C + 5) * t.halo;
+    const A* base = query + C * t.halo;
+    const A *grad_z = base + t.halo, *grad_y = grad_z + t.halo, *grad_x = grad_y + t.halo, *lse = grad_x + t.halo;
+    const A z = static_cast<A>(block.oz), y = static_cast<A>(-block.oy[first] - i);
     V w[rows][G] = {};
     dot<rows, G>(C, s.center + first_row + first * row_size, row_size, t.width, query, t.halo, w);
     unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
       const V slope = load_once<V>(grad_y + g), top = load_once<V>(lse + g);
       V offset = load_as<V>(base + g) + load_as<V>(grad_x + g) * (ox - static_cast<A>(g)) + slope * y;
+      if (z != 0) offset -= load_as<V>(grad_z + g) * z;
       unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
         w[j][g] = exp2(w[j][g] - top) * offset;
         offset += slope;  // the next key row
@@ -133,72 +133,78 @@ __attribute__((noinline)) void key_plane(const VeuTiles<A>& t, const BackwardBuf
   });
 }
 
-// grad_q of one tile in group j; leaves the excess of its queries in `ring` [rows, width].
+// grad_q of one tile in group j; leaves the excess of its queries in `ring` [planes, rows, width].
 template <class A>
-inline void grad_queries(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<A>& tile,
-                         const BackwardBuffers<A>& s, A* ring) {
+inline void grad_queries(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<A>& tile, BackwardBuffers<A>& s,
+                         A* ring) {
   const Veu& a = t.a;
-  const int64_t plane = t.rows * t.width;
+  const int64_t size = t.padded_size();
   load_tile(t, tile, a.q, b, j, static_cast<A>(a.scale * kLog2e), s.center);
-  const auto load_plane = [&](const void* src, int64_t channels, int64_t c, A outside, A* dst) {
-    fill(dst, plane, outside);
-    for (int64_t y = 0; y < tile.ny; y++)
-      std::memcpy(dst + y * t.width, static_cast<const A*>(src) + at(t, b, channels, c, tile.z, tile.y + y, tile.x),
+  const auto load_acc = [&](const void* src, int64_t channels, int64_t c, A outside, A* dst) {
+    fill(dst, size, outside);
+    tile.for_rows(t, [&](int64_t z, int64_t y, int64_t row) {
+      std::memcpy(dst + row * t.width, static_cast<const A*>(src) + at(t, b, channels, c, z, y, tile.x),
                   tile.nx * sizeof(A));
+    });
   };
-  fill(s.grad[0], plane, A(0));
-  for (int64_t i = 0; i < a.d; i++) load_plane(a.grad_v, a.d, i, A(0), s.grad[3 - a.d + i]);
-  load_inner(t, s.grad, plane, s.excess, s.inner, [&](int64_t i, A* v) { load_plane(a.v, a.d, i, A(0), v); });
-  load_plane(a.lse, a.J, j, -kInf<A>, s.lse);
-  lse_to_base2(s.lse, plane);
-  fill(s.excess, plane, A(0));
-  fill(s.sum, t.rows * a.C * t.width, A(0));
-  fill(s.weighted, t.rows * a.C * t.width, A(0));
+  fill(s.grad[0], size, A(0));
+  for (int64_t i = 0; i < a.d; i++) load_acc(a.grad_v, a.d, i, A(0), s.grad[3 - a.d + i]);
+  load_inner(t, s.grad, size, s.excess, s.inner, [&](int64_t i, A* v) { load_acc(a.v, a.d, i, A(0), v); });
+  load_acc(a.lse, a.J, j, -kInf<A>, s.lse);
+  lse_to_base2(s.lse, size);
+  fill(s.excess, size, A(0));
+  fill(s.sum, a.C * t.tile_size(), A(0));
+  if (a.J > 1) fill(s.weighted, a.C * t.tile_size(), A(0));
   const Inside in = inside_row(t, tile);
+  if (s.cleared != tile.x) clear_keys(t, in, s.passing);
+  s.cleared = tile.x;
   for_passing_rows(t, tile, [&](int64_t z, int64_t y, int64_t n) {
-    for (int64_t i = 0; i < n; i++) load_keys(t, in, b, j, z, y + i, s.passing + i * (a.C + 1) * t.halo);
+    load_keys(t, in, b, j, z, y, n, s.passing);
     for_vectors<A>(tile.nx, [&](int64_t x, auto vector) {
-      for_row_pairs(t, tile, y, n, [&](int64_t row, const Reach(&seen)[kRows], const int64_t(&oy)[kRows]) {
+      for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
         for_chunks(2 * t.R[2] + 1, [&](int64_t o, auto G) {
-          const auto plane = [&](auto groups) {
-            query_plane<G, groups, decltype(vector)>(t, s, row, x, s.passing + t.left - t.R[2] + x + o, seen,
-                                                     static_cast<A>(z - tile.z), oy, static_cast<A>(o - t.R[2]));
+          const auto add_rows = [&](auto groups) {
+            query_rows<G, groups, decltype(vector)>(t, s, row, x, s.passing + t.left - t.R[2] + x + o, block,
+                                                    static_cast<A>(o - t.R[2]));
           };
           if (a.J > 1)
-            plane(std::true_type());
+            add_rows(std::true_type());
           else
-            plane(std::false_type());
+            add_rows(std::false_type());
         });
       });
     });
   });
-  for (int64_t y = 0; y < tile.ny; y++)
+  tile.for_rows(t, [&](int64_t z, int64_t y, int64_t row) {
     for (int64_t c = 0; c < a.C; c++) {
-      A* sum = s.sum + (y * a.C + c) * t.width;
+      A* sum = s.sum + (row * a.C + c) * t.width;
       if (a.J > 1)
         for (int64_t x = 0; x < t.width; x++)
-          sum[x] -= s.excess[y * t.width + x] * s.weighted[(y * a.C + c) * t.width + x];
-      store_row(a.dtype, a.grad_q, at(t, b, a.J * a.C, j * a.C + c, tile.z, tile.y + y, tile.x), tile.nx,
+          sum[x] -= s.excess[row * t.width + x] * s.weighted[(row * a.C + c) * t.width + x];
+      store_row(a.dtype, a.grad_q, at(t, b, a.J * a.C, j * a.C + c, z, y, tile.x), tile.nx,
                 static_cast<A>(a.scale / a.J), sum);
     }
-  if (ring) std::memcpy(ring, s.excess, plane * sizeof(A));
+  });
+  if (ring) std::memcpy(ring, s.excess, t.tile_size() * sizeof(A));
 }
 
 // grad_k of one tile in group j. `excess(z, y, x0, n, dst)` copies a row of the queries' excess, where there is any.
 template <class A, class Excess>
-inline void grad_keys(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<A>& tile, const BackwardBuffers<A>& s,
+inline void grad_keys(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<A>& tile, BackwardBuffers<A>& s,
                       const Excess& excess) {
   const Veu& a = t.a;
   load_tile(t, tile, a.k, b, j, A(1), s.center);
-  fill(s.sum, t.rows * a.C * t.width, A(0));
+  fill(s.sum, a.C * t.tile_size(), A(0));
   const Inside in = inside_row(t, tile);
+  const int64_t row_size = (a.C + 5) * t.halo;
+  if (s.cleared != tile.x) clear_features(t, in, s.passing, row_size);
+  s.cleared = tile.x;
   for_passing_rows(t, tile, [&](int64_t z, int64_t y, int64_t n) {
+    load_features(t, in, a.q, b, j, z, y, n, static_cast<A>(a.scale * kLog2e), s.passing, row_size);
     for (int64_t i = 0; i < n; i++) {
-      A* query = s.passing + i * (a.C + 4) * t.halo;
-      A *base = query + a.C * t.halo, *lse = base + 3 * t.halo;
-      load_features(t, in, a.q, b, j, z, y + i, static_cast<A>(a.scale * kLog2e), query);
-      A* const grad[3] = {s.grad[0], base + t.halo, base + 2 * t.halo};
-      fill(s.grad[0], t.halo, A(0));
+      A *base = s.passing + i * row_size + a.C * t.halo, *lse = base + 4 * t.halo;
+      A* const grad[3] = {base + t.halo, base + 2 * t.halo, base + 3 * t.halo};
+      for (int64_t axis = 0; axis < 3 - a.d; axis++) fill(grad[axis], t.halo, A(0));
       for (int64_t axis = 0; axis < a.d; axis++)
         load_halo(t, in, a.grad_v, at(t, b, a.d, axis, z, y + i, 0), A(0), grad[3 - a.d + axis]);
       load_inner(t, grad, t.halo, base, s.inner,
@@ -209,63 +215,66 @@ inline void grad_keys(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<
         excess(z, y + i, in.x0, in.end - in.begin, s.excess);
         for (int64_t x = in.begin; x < in.end; x++) s.inner[x] += s.excess[x - in.begin];
       }
-      for (int64_t x = 0; x < t.halo; x++) base[x] = s.grad[0][x] * (tile.z - z) - s.inner[x];
+      for (int64_t x = 0; x < t.halo; x++) base[x] = -s.inner[x];
     }
     for_vectors<A>(tile.nx, [&](int64_t x, auto vector) {
-      for_row_pairs(t, tile, y, n, [&](int64_t row, const Reach(&seen)[kRows], const int64_t(&oy)[kRows]) {
+      for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
         for_chunks(2 * t.R[2] + 1, [&](int64_t o, auto G) {
-          key_plane<G, decltype(vector)>(t, s, row, x, s.passing + t.left - t.R[2] + x + o, seen, oy,
-                                         static_cast<A>(t.R[2] - o));
+          key_rows<G, decltype(vector)>(t, s, row, x, s.passing + t.left - t.R[2] + x + o, block,
+                                        static_cast<A>(t.R[2] - o));
         });
       });
     });
   });
-  for (int64_t y = 0; y < tile.ny; y++) {
-    const bool* mask = a.mask ? a.mask + at(t, b, 1, 0, tile.z, tile.y + y, tile.x) : nullptr;
+  tile.for_rows(t, [&](int64_t z, int64_t y, int64_t row) {
+    const bool* mask = a.mask ? a.mask + at(t, b, 1, 0, z, y, tile.x) : nullptr;
     for (int64_t c = 0; c < a.C; c++) {
-      A* sum = s.sum + (y * a.C + c) * t.width;
+      A* sum = s.sum + (row * a.C + c) * t.width;
       for (int64_t x = 0; mask && x < tile.nx; x++)
         if (!mask[x]) sum[x] = 0;
       // the queries carried scale * log2(e)
-      store_row(a.dtype, a.grad_k, at(t, b, a.J * a.C, j * a.C + c, tile.z, tile.y + y, tile.x), tile.nx,
-                static_cast<A>(kLn2 / a.J), sum);
+      store_row(a.dtype, a.grad_k, at(t, b, a.J * a.C, j * a.C + c, z, y, tile.x), tile.nx, static_cast<A>(kLn2 / a.J),
+                sum);
     }
-  }
+  });
 }
 
-// Tiles of the rows [low, high) of tiles of every plane, in the order of z, y, x.
+// Tiles of the rows [low, high) of tiles of every slab of planes, in the order of z, y, x.
 template <class A>
 struct Strip {
   const VeuTiles<A>& t;
   int64_t low, high;
-  int64_t plane() const { return (high - low) * t.nx; }
-  int64_t count() const { return t.D * plane(); }
+  int64_t slab() const { return (high - low) * t.nx; }
+  int64_t count() const { return t.nz * slab(); }
   int64_t row(int64_t i) const { return low + i / t.nx % (high - low); }
-  VeuTile<A> operator[](int64_t i) const { return VeuTile<A>(t, (i / plane() * t.ny + row(i)) * t.nx + i % t.nx); }
+  VeuTile<A> operator[](int64_t i) const { return VeuTile<A>(t, (i / slab() * t.ny + row(i)) * t.nx + i % t.nx); }
   // The tile that holds voxel row y of plane z and voxels from tile_x * width on.
-  int64_t index(int64_t z, int64_t y, int64_t tile_x) const { return z * plane() + (y / t.rows - low) * t.nx + tile_x; }
+  int64_t index(int64_t z, int64_t y, int64_t tile_x) const {
+    return z / t.planes * slab() + (y / t.rows - low) * t.nx + tile_x;
+  }
 };
 
 template <class A>
 inline void veu_bwd(const Veu& a) {
   const VeuTiles<A> t(a);
-  const int64_t tile_size = t.rows * t.width, images = a.B * a.J, most = kRingElements / tile_size;
-  const int64_t halo = (t.R[1] + t.rows - 1) / t.rows;  // rows of tiles that a tile's keys see on either side
-  // where window-deep slabs of the planes are too large for the ring, strips of the planes follow each other
+  const int64_t tile_size = t.tile_size(), images = a.B * a.J, most = kRingElements / tile_size;
+  // slabs and rows of tiles that a tile's keys see on either side
+  const int64_t deep = (t.R[0] + t.planes - 1) / t.planes, halo = (t.R[1] + t.rows - 1) / t.rows;
+  // where window-deep slabs are too large for the ring, strips of them follow each other
   int64_t strip_rows = t.ny;
-  const auto deep = [&] { return (2 * t.R[0] + 1) * min(t.ny, strip_rows + 2 * halo) * t.nx; };
-  while (a.J > 1 && strip_rows > 1 && deep() > most) strip_rows = (strip_rows + 1) / 2;
+  const auto needed = [&] { return (2 * deep + 1) * min(t.ny, strip_rows + 2 * halo) * t.nx; };
+  while (a.J > 1 && strip_rows > 1 && needed() > most) strip_rows = (strip_rows + 1) / 2;
   for (int64_t y = 0; y < t.ny; y += strip_rows) {
     const int64_t end = min(t.ny, y + strip_rows);
     const Strip<A> strip{t, max<int64_t>(0, y - halo), min(t.ny, end + halo)};
-    const int64_t n = strip.count(), plane = strip.plane();
+    const int64_t n = strip.count(), slab = strip.slab();
     // this many tiles on either side hold every query that a tile's keys see
-    const int64_t reach = t.R[0] * plane + (halo + 1) * t.nx;
+    const int64_t reach = deep * slab + (halo + 1) * t.nx;
     // images that are worked on together, and tiles of each between two turns of the ring
     int64_t together = images, step = n, ring_tiles = 0;
     if (a.J > 1) {
       together = max<int64_t>(1, min(images, most / n));
-      if (n > most) step = max(plane, most - 2 * reach);
+      if (n > most) step = max(slab, most - 2 * reach);
       ring_tiles = min(n, step + 2 * reach);
     }
     Scratch<A> ring_memory(together * ring_tiles * tile_size);
@@ -278,7 +287,7 @@ inline void veu_bwd(const Veu& a) {
       const int64_t tiles = last - first;
       parallel_for(min(together, images - first_image) * tiles, [&](int64_t begin, int64_t end) {
         Scratch<A> scratch(BackwardBuffers<A>::size(t));
-        const BackwardBuffers<A> buffers(t, scratch);
+        BackwardBuffers<A> buffers(t, scratch);
         for (int64_t i = begin; i < end; i++) f(first_image + i / tiles, first + i % tiles, buffers);
       });
     };
@@ -286,16 +295,16 @@ inline void veu_bwd(const Veu& a) {
       int64_t done = 0;
       for (int64_t first = 0; first < n; first += step) {
         const int64_t last = min(n, first + step), ready = min(n, last + reach);
-        for_tiles(image, done, ready, [&](int64_t i, int64_t tile, const BackwardBuffers<A>& s) {
+        for_tiles(image, done, ready, [&](int64_t i, int64_t tile, BackwardBuffers<A>& s) {
           grad_queries(t, i / a.J, i % a.J, strip[tile], s, a.J > 1 ? slot(i, tile) : nullptr);
         });
         done = ready;
-        for_tiles(image, first, last, [&](int64_t i, int64_t tile, const BackwardBuffers<A>& s) {
+        for_tiles(image, first, last, [&](int64_t i, int64_t tile, BackwardBuffers<A>& s) {
           if (strip.row(tile) < y || strip.row(tile) >= end) return;
           grad_keys(t, i / a.J, i % a.J, strip[tile], s, [&](int64_t z, int64_t y, int64_t x, int64_t n, A* dst) {
             for (int64_t x1 = x; x1 < x + n;) {
               const int64_t tile_x = x1 / t.width, stop = min(x + n, (tile_x + 1) * t.width);
-              const A* row = slot(i, strip.index(z, y, tile_x)) + y % t.rows * t.width;
+              const A* row = slot(i, strip.index(z, y, tile_x)) + (z % t.planes * t.rows + y % t.rows) * t.width;
               std::memcpy(dst + x1 - x, row + x1 - tile_x * t.width, (stop - x1) * sizeof(A));
               x1 = stop;
             }
