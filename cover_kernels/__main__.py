@@ -22,14 +22,16 @@ def samples(operator: str, device: str, dtype: torch.dtype):
     def normal(*shape):
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    for S in ((13, 18), (5, 6, 10)):
+    # C and N: of CUDA kernels that are compiled for them, the second on tensor cores in float16, and of neither
+    for S, C, window in (((13, 18), 8, 5), ((5, 6, 10), 32, 3), ((4, 8), 3, (3, 9))):
         d, coarse = len(S), (*S[:-1], S[-1] // 2)
         stride = (*(1 for _ in S[1:]), 2)
         # eighths: exact in every dtype, and no position is on the border between two cells
         flow = (torch.randint(-16, 16, (2, d, *coarse), generator=generator) / 8 + 1 / 16).to(device, dtype)
         if operator == "veu":
             mask = (torch.rand((2, 1, *S), generator=generator) < 0.8).to(device)
-            yield lambda q, k, mask=mask: cover_kernels.veu(q, k, 5, 2, mask=mask), (normal(2, 8, *S), normal(2, 8, *S))
+            q, k = normal(2, 2 * C, *S), normal(2, 2 * C, *S)
+            yield lambda q, k, window=window, mask=mask: cover_kernels.veu(q, k, window, 2, mask=mask), (q, k)
         elif operator == "warp":
             yield lambda x, u, stride=stride: cover_kernels.warp(x, u, stride), (normal(2, 3, *S), flow)
         else:

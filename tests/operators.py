@@ -79,7 +79,30 @@ CASES = {
         Case("empty batch", (4, 6), B=0),
     ],
 }
-PARAMETERS = [(operator, case) for operator in OPERATORS for case in CASES[operator]]
+# ways of being cut that only the CUDA kernels know: tested on a GPU, and in test_cuda_on_cpu.py
+CUDA_CASES = {
+    "veu": [
+        Case("most channels of a kernel of its own", (5, 18), B=1, channels=32, window=3),
+        Case("volume, kernel of its own and groups", (3, 5, 9), B=1, channels=8, heads=2, window=7, mask="random"),
+        Case("window of its own kernel, another depth", (4, 5, 9), B=1, channels=8, window=(1, 5, 5)),
+        Case("several tiles in depth", (3, 17, 35), B=1, channels=8, window=5),
+        # on tensor cores in bfloat16 and float16; rows of a multiple of 4 are read 4 voxels at a time
+        Case("tensor cores, several tiles", (19, 36), B=1, channels=32, window=7),
+        Case("tensor cores, groups and mask", (9, 22), channels=32, heads=2, window=5, mask="random"),
+        Case("tensor cores, mask and whole words", (6, 20), B=1, channels=16, heads=2, window=7, mask="random"),
+        Case("tensor cores, window wider than image", (3, 4), channels=32, window=5),
+        Case("tensor cores, no valid key", (4, 5), B=1, channels=32, heads=2, mask="none valid"),
+        Case("tensor cores, volume, anisotropic window", (4, 9, 6), B=1, channels=32, window=(3, 7, 7)),
+        Case("tensor cores, volume, groups and mask", (3, 9, 20), B=1, channels=32, heads=2, window=5, mask="random"),
+    ],
+    "warp": [],
+    "compose": [],
+}
+PARAMETERS = [
+    (operator, case)
+    for operator in OPERATORS
+    for case in (*CASES[operator], *(CUDA_CASES[operator] if DEVICE != "cpu" else ()))
+]
 
 
 def _laid_out(x, layout):

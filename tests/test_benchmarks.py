@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import compare
+import gpu
 import peers
 import results
 import tables
@@ -173,3 +174,26 @@ def test_passes_and_peak_memory():
     assert torch.equal(forward(), 2 * x) and not forward().requires_grad
     assert torch.equal(backward()[0], both()[0])
     assert peak_above(lambda: torch.ones(2**24))[0] == pytest.approx(2**26, rel=0.1)
+
+
+def test_on_a_gpu_a_part_that_fails_or_hangs_takes_no_other_along(monkeypatch, capsys, tmp_path):
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(gpu, "HOURS", 0.1 / 3600)
+    assert not gpu.passes(sleep, tmp_path)
+    monkeypatch.setattr(gpu, "passes", lambda command, folder, **environment: "test_veu.py" not in command)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu"])
+    assert gpu.main() == 1
+    verdicts = capsys.readouterr().out.split("== summary\n")[1]
+    assert "FAILED  tests, test_veu.py" in verdicts and verdicts.count("FAILED") == 1
+    assert all(
+        f"passed  {part}" in verdicts for part in ("self-test", "tests, test_warp.py", "times, veu", "times, warp")
+    )
+
+
+def test_on_a_gpu_the_sanitizers_run_where_they_are_installed(monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda tool: f"/bin/{tool}")
+    parts = gpu.checks("cuda", quick=False)
+    for name in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        command, _ = parts[f"compute-sanitizer {name}"]
+        assert command[0] == "/bin/compute-sanitizer" and command[-2:] == ["-m", "cover_kernels"]
+    assert not any("sanitizer" in part for part in gpu.checks("cpu", quick=False))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cover_kernels
 from cover_kernels import backends
@@ -77,6 +78,23 @@ def test_bad_input_is_named_before_anything_is_launched(monkeypatch, operator, c
     monkeypatch.setattr(backends, "choose", lambda device: pytest.fail("an operator ran"))
     with pytest.raises(error, match=f"^{operator}: {message}"):
         getattr(cover_kernels, operator)(**{**GIVEN[operator], **changes})
+
+
+@pytest.mark.parametrize(("one", "other"), [("cpu", "cuda:0"), ("cuda:0", "cpu"), ("cuda:0", "cuda:1")])
+@pytest.mark.parametrize(
+    ("operator", "like", "name"), [("veu", "q", "k"), ("warp", "x", "flow"), ("compose", "residual", "flow")]
+)
+def test_tensors_on_several_devices_are_refused(monkeypatch, operator, like, name, one, other):
+    monkeypatch.setattr(backends, "choose", lambda device: pytest.fail("an operator ran"))
+    with FakeTensorMode():  # has the devices that the machine lacks
+        given = {
+            key: torch.empty(v.shape, device=one) if torch.is_tensor(v) else v for key, v in GIVEN[operator].items()
+        }
+        assert getattr(cover_kernels, operator)(**given).device == torch.device(one)
+        given[name] = torch.empty(given[name].shape, device=other)
+        message = f"^{operator}: `{name}` must be on the device of `{like}`, {one}, got {other}$"
+        with pytest.raises(ValueError, match=message):
+            getattr(cover_kernels, operator)(**given)
 
 
 @pytest.mark.parametrize("operator", GIVEN)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from cuda_on_cpu.build import build, missing, of_types, sources
 from cuda_on_cpu.harness import replay
-from operators import CASES
-from test_cuda_on_cpu import MORE, expected, run
+from operators import CASES, CUDA_CASES
+from test_cuda_on_cpu import expected, run
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -28,7 +28,7 @@ class Mutant:
     old: str
     new: str
     operator: str
-    case: str  # of operators.CASES or test_cuda_on_cpu.MORE
+    case: str  # of operators.CASES or CUDA_CASES
     variant: str = "plain"  # plain: the values must give it away
     deterministic: bool = True
 
@@ -223,7 +223,7 @@ MUTANTS = [
 @cache
 def recorded(operator, case, deterministic, dtype):
     """(calls of a case, forward and backward, their outputs on the sources as they are)."""
-    case = next(c for c in CASES[operator] + MORE[operator] if c.why == case)
+    case = next(c for c in (*CASES[operator], *CUDA_CASES[operator]) if c.why == case)
     function, tensors, grad, _, _ = expected(operator, case, DTYPES[dtype])
     calls = run(function, tensors, grad, deterministic=deterministic)[1].calls
     done = replay(build("plain", of_types(sources(), dtype), SIZES), calls)

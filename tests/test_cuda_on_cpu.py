@@ -1,6 +1,7 @@
 """The CUDA sources, run on the CPU (cuda_on_cpu): values against the float64 reference in three schedules, limits of a
 launch, and the sanitizers."""
 
+from contextlib import nullcontext
 from functools import cache
 
 import numpy as np
@@ -10,32 +11,13 @@ import torch
 from cuda_on_cpu.build import build, missing
 from cuda_on_cpu.harness import SCHEDULES, Harness, replay
 from cuda_on_cpu.rewrite import rewrite
-from operators import CASES, DTYPES, Case, assert_close, grad_like, sample_inputs
+from operators import CASES, CUDA_CASES, DTYPES, Case, assert_close, grad_like, sample_inputs
 
 import cover_kernels
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
-# ways of being cut that the common table does not reach
-MORE = {
-    "veu": [
-        Case("most channels of a kernel of its own", (5, 18), B=1, channels=32, window=3),
-        Case("volume, kernel of its own and groups", (3, 5, 9), B=1, channels=8, heads=2, window=7, mask="random"),
-        Case("window of its own kernel, another depth", (4, 5, 9), B=1, channels=8, window=(1, 5, 5)),
-        Case("several tiles in depth", (3, 17, 35), B=1, channels=8, window=5),
-        # on tensor cores in bfloat16 and float16; rows of a multiple of 4 are read 4 voxels at a time
-        Case("tensor cores, several tiles", (19, 36), B=1, channels=32, window=7),
-        Case("tensor cores, groups and mask", (9, 22), channels=32, heads=2, window=5, mask="random"),
-        Case("tensor cores, mask and whole words", (6, 20), B=1, channels=16, heads=2, window=7, mask="random"),
-        Case("tensor cores, window wider than image", (3, 4), channels=32, window=5),
-        Case("tensor cores, no valid key", (4, 5), B=1, channels=32, heads=2, mask="none valid"),
-        Case("tensor cores, volume, anisotropic window", (4, 9, 6), B=1, channels=32, window=(3, 7, 7)),
-        Case("tensor cores, volume, groups and mask", (3, 9, 20), B=1, channels=32, heads=2, window=5, mask="random"),
-    ],
-    "warp": [],
-    "compose": [],
-}
-PARAMETERS = [(operator, case) for operator in operators.OPERATORS for case in CASES[operator] + MORE[operator]]
+PARAMETERS = [(o, case) for o in operators.OPERATORS for case in (*CASES[o], *CUDA_CASES[o])]
 
 
 def run(function, tensors, grad, *, deterministic=True, **harness):
@@ -79,6 +61,29 @@ def test_agrees_with_reference_in_every_schedule(operator, case, dtype):
     # the same bits, whatever the order of blocks and threads
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("forward", "backward"), [(Harness, nullcontext), (nullcontext, Harness)])
+@pytest.mark.parametrize(
+    ("operator", "why", "dtype"),
+    [
+        ("veu", "groups and mask", torch.float32),
+        ("veu", "no valid key", torch.float16),
+        ("veu", "tensor cores, groups and mask", torch.bfloat16),
+        ("warp", "volume, anisotropic stride", torch.bfloat16),
+        ("compose", "volume, anisotropic stride", torch.float64),
+    ],
+)
+def test_pairs_with_the_cpu(operator, why, dtype, forward, backward):
+    """What one backend's forward saves serves the other's backward."""
+    case = next(c for o, c in PARAMETERS if (o, c.why) == (operator, why))
+    function, tensors, grad, same, exact = expected(operator, case, dtype)
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    with forward():
+        y = function(*leaves)
+    with backward():
+        grads = torch.autograd.grad(y, leaves, grad.to(y.dtype))
+    assert_close([y.detach(), *grads], same, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -51,12 +51,14 @@ sizes = st.lists(st.integers(1, 5), min_size=2, max_size=3)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_is_its_definition(name, S, window, B, heads, channels, masked, seed):
     generator = torch.Generator().manual_seed(seed)
-    q, k = (torch.randn((B, heads * channels, *S), generator=generator, dtype=torch.float64) for _ in range(2))
-    mask = torch.rand((B, 1, *S), generator=generator) < 0.6 if masked else None
     window = window[: len(S)]
+    with torch.device("cpu"):
+        q, k = torch.randn((2, B, heads * channels, *S), generator=generator, dtype=torch.float64)
+        mask = torch.rand((B, 1, *S), generator=generator) < 0.6 if masked else None
+        expected = by_definition(q, k, window, heads, 0.7, mask)
     with cover_kernels.use_backend(name):
-        v = veu(q, k, tuple(window), heads, 0.7, mask)
-    torch.testing.assert_close(v, by_definition(q, k, window, heads, 0.7, mask))
+        v = veu(q.to(DEVICE), k.to(DEVICE), tuple(window), heads, 0.7, None if mask is None else mask.to(DEVICE))
+    torch.testing.assert_close(v.cpu(), expected)
 
 
 def test_default_scale_is_the_root_of_the_group_channels(backend):
