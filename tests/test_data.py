@@ -140,26 +140,6 @@ def test_a_manifest_without_splits(folder, tmp_path):
         open_images(folder / "list.json", VOLUME, "train")
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "what"),
-    [
-        ("x.csv", "file,split\na.npy,train\n", r"a column `image`, got the columns \['file', 'split'\]"),
-        ("x.csv", "image;split\na.npy;train\n", r"a column `image`, got the columns \['image;split'\]"),
-        ("x.csv", "", r"a column `image`, got the columns \[\]"),
-        ("x.csv", "image,split\na.npy,trian\n", "entry 1: `split` must be one of .* got 'trian'"),
-        ("x.csv", "image,split\na.npy,train\nb.npy\n", "entry 2: `split` must be one of .* got None"),
-        ("x.json", '[{"image": "a.npy"', "cannot be read"),
-        ("x.json", '{"image": "a.npy"}', "expected a JSON list, got dict"),
-        ("x.json", "[" * 200_000, r"manifest .*x\.json: cannot be read: .*recursion"),
-        ("x.json", "[3]", "entry 1: expected a path as `image`"),
-    ],
-)
-def test_bad_manifests(folder, name, text, what):
-    (folder / name).write_text(text)
-    with pytest.raises(DataError, match=what):
-        open_images(folder / name, VOLUME)
-
-
 def test_unusable_files_are_left_out_or_fatal(folder, tmp_path):
     np.save(folder / "b.npy", np.zeros((9, 9, 9)))
     (folder / "more/c.npy").write_bytes(b"")

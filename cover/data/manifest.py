@@ -43,6 +43,8 @@ def find(data: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Source]:
     if path.is_dir():
         return _once(_search(path))
     if path.suffix.lower() in (".csv", ".json", ".txt"):
+        if not path.is_file():  # opening a pipe would wait for a writer, and a device need not end
+            raise DataError(f"manifest {path}: is a pipe, a socket or a device; expected a file")
         return _once(_read_manifest(path))
     return [Source(path.name, path)]
 

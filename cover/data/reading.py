@@ -20,6 +20,9 @@ NIFTI = (".nii", ".nii.gz")
 SUFFIXES = (*PICTURES, *NIFTI, ".npy")
 _DEFLATE = 1032  # no gzip stream holds more than this many times its size
 _CHUNK = 2**20  # bytes
+_NIFTI2_HEADER = 540  # bytes; that of NIfTI-1 has 348
+_LARGEST_OFFSET = 2**26  # bytes before the voxels of a NIfTI: nibabel reads them into memory
+_LARGEST_VOXEL = 16  # bytes of a picture: four channels of float32
 _MILLIMETRES = {"meter": 1e3, "micron": 1e-3}
 
 
@@ -50,11 +53,16 @@ def read(path: Path, config: DataConfig) -> Decoded:
     if path.is_dir():
         os.scandir(path).close()  # raises where the search for files could not look into it
         raise ImageError("is a folder; expected an image")
-    if not path.is_file():
+    if not path.exists():
         raise ImageError("no such file")
-    if path.stat().st_size == 0:
+    if not path.is_file():  # opening a pipe would wait for a writer, and a device need not end
+        raise ImageError("is a pipe, a socket or a device; expected an image")
+    size = path.stat().st_size
+    if size == 0:
         raise ImageError("empty file")
     if name.endswith(PICTURES):
+        if size > config.max_voxels * _LARGEST_VOXEL + _LARGEST_OFFSET:
+            raise ImageError(f"is {size:,} bytes long, more than a picture of `max_voxels` can be")
         decoded = Decoded(decode_picture(path.read_bytes(), config.max_voxels)[None], None)
     elif name.endswith(NIFTI):
         decoded = _read_nifti(path, config)
@@ -67,14 +75,35 @@ def read(path: Path, config: DataConfig) -> Decoded:
 
 
 def _read_nifti(path: Path, config: DataConfig) -> Decoded:
-    image, size = nibabel.load(path), path.stat().st_size
-    if not path.name.lower().endswith(".gz"):
+    zipped, size = path.name.lower().endswith(".gz"), path.stat().st_size
+    with (gzip.open if zipped else open)(path, "rb") as stream:
+        _check_nifti_header(stream.read(_NIFTI2_HEADER))
+    image = nibabel.load(path)
+    if not zipped:
         return _decode_nifti(image, size, config)
+    end = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
     with gzip.open(path) as stream:
         decoded = _decode_nifti(type(image).from_stream(stream), size * _DEFLATE, config)
         while stream.read(_CHUNK):  # to the end, where the checksum is: nibabel stops after the last voxel
-            pass
+            if stream.tell() > end + _CHUNK:
+                raise ImageError(f"holds more than the {end:,} bytes that its header claims")
     return decoded
+
+
+def _check_nifti_header(start: bytes) -> None:
+    """Check what nibabel would obey or pass over: where the voxels are, and a scale that is not finite.
+
+    Args:
+        start: the first bytes of the file, as many as the longer header has.
+    """
+    sizes = (int.from_bytes(start[:4], order) for order in ("little", "big"))
+    kind = nibabel.Nifti2Header if _NIFTI2_HEADER in sizes else nibabel.Nifti1Header
+    header = kind(start[: kind.template_dtype.itemsize], check=False)
+    offset, slope, intercept = (float(header[name]) for name in ("vox_offset", "scl_slope", "scl_inter"))
+    if not 0 <= offset <= _LARGEST_OFFSET:
+        raise ImageError(f"its header claims that the voxels begin at byte {offset:g}")
+    if slope != 0 and not (math.isfinite(slope) and math.isfinite(intercept)):  # a slope of 0 stands for no scale
+        raise ImageError(f"its scale is not finite: scl_slope {slope:g}, scl_inter {intercept:g}")
 
 
 def _decode_nifti(image: nibabel.spatialimages.SpatialImage, most: int, config: DataConfig) -> Decoded:
@@ -117,7 +146,10 @@ def _decode_nifti(image: nibabel.spatialimages.SpatialImage, most: int, config: 
 
 def _read_npy(path: Path, config: DataConfig) -> Decoded:
     with path.open("rb") as file:
-        np.lib.format.read_magic(file)  # np.load would take any other file for a pickle
+        version = np.lib.format.read_magic(file)  # np.load would take any other file for a pickle
+        length = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")
+    if length > path.stat().st_size:  # numpy sets aside what it is told
+        raise ImageError(f"is cut off: its header claims {length:,} bytes for itself")
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     check_shape(array.shape, config.max_voxels)
     if _check_real(array.dtype).names:
