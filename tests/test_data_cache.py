@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -148,6 +149,29 @@ def test_cache_that_goes_missing_in_mid_run_is_made_again(volumes, tmp_path):
         except ImageError as error:
             failed.append(str(error))
     assert len(failed) <= 1 and all(what == "no such file" for what in failed)
+
+
+def test_what_would_run_code_in_a_cache_is_not_run(volumes, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    images = open_images(volumes, CONFIG, cache=tmp_path / "cache")
+    truth = contents(images)
+    cover.data.cache._map.cache_clear()
+    for kind, path in zip(("array", "file", "index"), sorted((tmp_path / "cache").glob("*.volume")), strict=True):
+        size = path.stat().st_size
+        if kind == "array":
+            np.save(tmp_path / "evil.npy", np.full(1, Evil()), allow_pickle=True)
+            path.write_bytes((tmp_path / "evil.npy").read_bytes())
+        else:
+            path.write_bytes(pickle.dumps(Evil()))
+        os.truncate(path, size)  # what the index says
+    with (tmp_path / "cache/index.jsonl").open("ab") as file:
+        file.write(pickle.dumps(Evil()) + b"\n")
+    np.testing.assert_array_equal(contents(images), truth)
+    np.testing.assert_array_equal(contents(open_images(volumes, CONFIG, cache=tmp_path / "cache")), truth)
+    assert not (tmp_path / "ran").exists()
 
 
 WRITER = """

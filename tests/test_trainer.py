@@ -1,21 +1,25 @@
 """A run: what it writes, how it stops and goes on, and that nothing but its settings and data decide its weights."""
 
+import contextlib
 import errno
 import json
 import multiprocessing
 import os
-import random
+import re
+import resource
+import shutil
 import signal
+import subprocess
 import time
 
 import numpy as np
 import pytest
 import torch
-from tiny import SETTINGS, train, volumes
+from tiny import SETTINGS, volumes
 
-from cover import checkpoint, load_backbone, log, pretrain
+from cover import checkpoint, log, pretrain
 from cover.config import Config, replace
-from cover.data import DataError, open_images
+from cover.data import DataError, cache, open_images
 from cover.evaluation import held_out_batches
 from cover.log import RunInUse
 from cover.model import COVER
@@ -195,20 +199,105 @@ def test_a_pre_emption_saves_within_a_step(data, tmp_path, number):
     assert [checkpoint.step_of(path) for path in checkpoint.all_of(tmp_path / "run")] == [3]
 
 
-def test_a_folder_that_cannot_be_written_stops_the_run_and_names_the_way_back(data, tmp_path, monkeypatch):
-    def full(content, file):
-        if content["step"] == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        original(content, file)
+class Sabotaged(Trainer):
+    """Meets a folder that can no longer be written, from its third step on."""
 
-    original = torch.save
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(WriteError, match=r"after step 4: .*No space left.*; the last good checkpoint is .*00002\.pt"):
-        pretrain(data, out=tmp_path / "run", **SETTINGS)
-    monkeypatch.undo()
-    run = pretrain(data, out=tmp_path / "run", resume=True)
+    def train_step(self, batch):
+        if self.step == 2:
+            self.sabotage()
+        return super().train_step(batch)
+
+
+def mount(*words):
+    """Runs mount(8); skips the test where it may not."""
+    if not shutil.which("mount") or subprocess.run(["mount", *words], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a disk")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 1 MB."""
+    (tmp_path / "disk").mkdir()
+    mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path / "disk")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", "--lazy", tmp_path / "disk"], check=True)
+
+
+def assert_stops_and_goes_on(trainer, data, cause, repair):
+    """The run stops with its cause, the checkpoint of step 2 is whole, nothing lies about, and it can go on."""
+    said = rf"stopped after step \d: .*({cause}).*; the last good checkpoint is .*02\.pt"
+    with pytest.raises(WriteError, match=said):
+        trainer.run()
+    repair()
+    run = trainer.out
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000002.pt"]
+    assert checkpoint.load(checkpoint.find(run))["step"] == 2
+    pretrain(data, out=run, resume=True)
     assert steps(run) == [1, 2, 3, 4, 5, 6]
-    assert_same(weights(run), weights(pretrain(data, out=tmp_path / "whole", **SETTINGS)))
+    assert_same(weights(run), weights(pretrain(data, out=data.parent / "whole", **SETTINGS)))
+
+
+def test_a_full_disk_stops_the_run_and_names_the_way_back(data, disk):
+    class Filling(Sabotaged):
+        def sabotage(self):
+            with contextlib.suppress(OSError), open(disk / "other", "wb") as file:
+                file.write(bytes(2**20))
+
+    trainer = Filling(replace(Config(), **SETTINGS), data, disk / "run")
+    assert_stops_and_goes_on(trainer, data, "No space left on device", (disk / "other").unlink)
+
+
+def test_a_file_that_may_not_grow_stops_the_run_and_names_the_way_back(data, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Limited(Sabotaged):
+        def sabotage(self):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    def repair():
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    try:
+        trainer = Limited(replace(Config(), **SETTINGS), data, tmp_path / "run")
+        assert_stops_and_goes_on(trainer, data, "cannot be written|too large", repair)
+    finally:
+        repair()
+
+
+def test_a_folder_that_becomes_read_only_stops_the_run_and_names_the_way_back(data, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+
+    class ReadOnly(Sabotaged):
+        def sabotage(self):
+            folder.chmod(0o500)
+            if os.geteuid() == 0:  # root writes all the same
+                mount("--bind", folder, folder)
+                mount("-o", "remount,bind,ro", folder)
+
+    def repair():
+        if os.geteuid() == 0:
+            subprocess.run(["umount", folder], capture_output=True)
+        folder.chmod(0o700)
+
+    trainer = ReadOnly(replace(Config(), **SETTINGS), data, tmp_path / "run")
+    try:
+        assert_stops_and_goes_on(trainer, data, "Permission denied|Read-only", repair)
+    finally:
+        repair()
+
+
+def test_a_quota_that_is_met_when_the_disk_is_synced_stops_the_run(data, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    class Quota(Sabotaged):
+        def sabotage(self):
+            def full(descriptor):
+                raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+            monkeypatch.setattr(os, "fsync", full)
+
+    trainer = Quota(replace(Config(), **SETTINGS), data, tmp_path / "run")
+    assert_stops_and_goes_on(trainer, data, "Disk quota exceeded", lambda: monkeypatch.setattr(os, "fsync", fsync))
 
 
 def test_a_damaged_checkpoint_is_put_aside_and_the_run_goes_on_from_the_one_before(data, tmp_path):
@@ -223,23 +312,71 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_run_goes_on_from_the_one_befo
     assert (run / "checkpoints" / "step_00000006.damaged").exists()
 
 
-def test_a_file_that_vanishes_in_mid_run_is_named_and_counted(tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    for i in range(3):
-        np.save(data / f"{i}.npy", np.random.default_rng(i).normal(size=(20, 20)).astype(np.float32))
+def damage(images):
+    """Of four images one vanishes, one is cut off and one is replaced by another, whole one."""
+    (images / "volume0.npy").unlink()
+    (images / "volume1.npy").write_bytes((images / "volume1.npy").read_bytes()[:200])
+    shape = np.load(images / "volume2.npy").shape
+    np.save(images / "volume2.npy", np.random.default_rng(9).random(shape, dtype=np.float32))
 
-    class Vanishing(Trainer):
-        def train_step(self, batch):
-            (data / "0.npy").unlink(missing_ok=True)
-            return super().train_step(batch)
 
-    settings = SETTINGS | dict(crop=(12, 12), val_fraction=0.0, val_every=6)
-    Vanishing(replace(Config(), **settings), data, tmp_path / "run").run()
-    text = (tmp_path / "run" / "log.txt").read_text()
-    assert "warning: data: another image takes the place of 0.npy: no such file" in text
-    replaced = [record["replaced"] for record in log.read(tmp_path / "run", "train")]
-    assert replaced[0] == 0 and sum(replaced) >= 2
+class Damaged(Trainer):
+    """Loses three of its images in the second step."""
+
+    lost_too = staticmethod(lambda: None)
+
+    def train_step(self, batch):
+        if self.step == 1:
+            damage(self.damaged_images)
+            self.lost_too()
+        return super().train_step(batch)
+
+
+REASONS = {
+    "volume0.npy": "no such file",
+    "volume1.npy": "cannot be read: ValueError",
+    "volume2.npy": "was changed or replaced after the data set was opened",
+}
+
+
+def assert_all_are_named_and_counted(run):
+    text = (run / "log.txt").read_text()
+    for name, reason in REASONS.items():
+        assert f"{name}: {reason}" in text
+    replaced = [record["replaced"] for record in log.read(run, "train")]
+    assert replaced[0] == 0 and sum(replaced) == text.count("warning: data: another image takes the place of") > 6
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_that_go_bad_in_mid_run_are_named_and_counted(tmp_path, workers):
+    Damaged.damaged_images = volumes(tmp_path / "data", 4, shape=(20, 20))
+    settings = SETTINGS | dict(crop=(12, 12), val_fraction=0.0, steps=16, workers=workers, checkpoint_every=16)
+    Damaged(replace(Config(), **settings), tmp_path / "data", tmp_path / "run").run()
+    assert_all_are_named_and_counted(tmp_path / "run")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_volumes_are_read_from_the_cache_whatever_becomes_of_their_files(tmp_path, workers):
+    settings = SETTINGS | dict(val_fraction=0.0, workers=workers)
+    Damaged.damaged_images = volumes(tmp_path / "data", 4)
+    whole = pretrain(tmp_path / "data", out=tmp_path / "whole", **settings)
+    Damaged(replace(Config(), **settings), tmp_path / "data", tmp_path / "run").run()
+    assert_same(weights(tmp_path / "run"), weights(whole))
+    assert not any(record["replaced"] for record in log.read(tmp_path / "run", "train"))
+
+
+def test_volumes_that_go_bad_with_their_cache_are_named_and_counted(tmp_path):
+    class DamagedToo(Damaged):
+        damaged_images = volumes(tmp_path / "data", 4)
+
+        def lost_too(self):
+            shutil.rmtree(self.out / "cache")
+            (self.out / "cache").mkdir()
+            cache._map.cache_clear()
+
+    settings = SETTINGS | dict(val_fraction=0.0, steps=16, checkpoint_every=16)
+    DamagedToo(replace(Config(), **settings), tmp_path / "data", tmp_path / "run").run()
+    assert_all_are_named_and_counted(tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -367,18 +504,17 @@ def test_views_that_never_match_are_reported(data, tmp_path):
     assert (run / "log.txt").read_text().count("nothing is learned from such a batch") == 1
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_file_that_goes_bad_where_that_is_fatal_is_one_clear_error(data, tmp_path, workers):
-    images = tmp_path / "images"
-    images.mkdir()
-    for i in range(2):
-        np.save(images / f"{i}.npy", np.random.default_rng(i).normal(size=(20, 20)).astype(np.float32))
+@pytest.mark.parametrize(("workers", "name"), [(0, 0), (2, 0), (0, 1), (0, 2), (2, 2)])
+def test_a_file_that_goes_bad_where_that_is_fatal_is_one_clear_error(tmp_path, workers, name):
+    images = volumes(tmp_path / "images", 3, shape=(20, 20))
     settings = SETTINGS | dict(crop=(12, 12), val_fraction=0.0, workers=workers, on_error="fail")
-    trainer = Trainer(replace(Config(), **settings), images, tmp_path / "run")
-    (images / "0.npy").unlink()
-    with pytest.raises(DataError, match=r"^data: 0\.npy: no such file$"):
+    chosen = f"volume{name}.npy"
+    trainer = Trainer(replace(Config(), **settings), [images / chosen], tmp_path / "run")
+    damage(images)
+    expected = f"data: {images / chosen}: {REASONS[chosen]}"
+    with pytest.raises(DataError, match=f"^{re.escape(expected)}"):
         trainer.run()
-    assert "stopped by DataError: data: 0.npy: no such file" in (tmp_path / "run" / "log.txt").read_text()
+    assert f"stopped by DataError: {expected}" in (tmp_path / "run" / "log.txt").read_text()
     assert not multiprocessing.active_children()  # they ignore signals: nobody else would end them
 
 
@@ -412,49 +548,3 @@ def test_bad_data_leave_no_run_behind(tmp_path):
     with pytest.raises(FileNotFoundError):
         pretrain(tmp_path / "nowhere", out=tmp_path / "run", **SETTINGS)
     pretrain(volumes(tmp_path / "data"), out=tmp_path / "run", **SETTINGS)
-
-
-# SIGKILL
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Makes processes that start in no time: forked from one that has imported everything and done nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cover.cli"])
-    return context
-
-
-def finish(process, expected=0):
-    process.start()
-    process.join(120)
-    assert process.exitcode == expected
-
-
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(data, tmp_path, processes):
-    settings = SETTINGS | dict(steps=24, checkpoint_every=3, val_every=4, val_fraction=0.4)
-    whole, run, moments = tmp_path / "whole", tmp_path / "killed", random.Random(0)
-    finish(processes.Process(target=train, args=(data, whole, settings)))
-    # in the middle of writing a checkpoint
-    finish(processes.Process(target=train, args=(data, run, settings, "save", 2)), -signal.SIGKILL)
-    assert len(list(run.glob("checkpoints/*.tmp"))) == 1
-    # when it is written and has not yet taken its name; the first file to be replaced is config.json
-    finish(processes.Process(target=train, args=(data, run, settings, "replace", 3)), -signal.SIGKILL)
-    for _ in range(3):
-        metrics = run / "metrics.jsonl"
-        before = metrics.stat().st_mtime_ns
-        process = processes.Process(target=train, args=(data, run, settings))
-        process.start()
-        while process.is_alive() and metrics.stat().st_mtime_ns == before:
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.3))
-        process.kill()
-        process.join()
-    finish(processes.Process(target=train, args=(data, run, settings)))
-    assert_same(weights(run), weights(whole))
-    assert_same(load_backbone(run / "backbone.pt").state_dict(), load_backbone(whole).state_dict())
-    assert steps(run) == list(range(1, 25))
-    assert steps(run, "val") == [*range(4, 25, 4)]
-    for kind, name in (("train", "loss"), ("train", "epe"), ("val", "epe_mean")):
-        assert [r[name] for r in log.read(run, kind)] == [r[name] for r in log.read(whole, kind)]
-    assert not list(run.glob("checkpoints/*.tmp"))

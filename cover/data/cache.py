@@ -93,6 +93,10 @@ class Cache:
             return None
         return entry if complete else None
 
+    def forget(self, entry: Entry) -> None:
+        """Have an entry made again, whose files are of the size that the index says and yet cannot be read."""
+        self._entries.pop(entry.key, None)
+
     def put(self, entry: Entry) -> None:
         """Add an entry whose files are in place."""
         # a line break first: the line of a writer that was killed must not swallow this one
@@ -127,7 +131,7 @@ class Cache:
 def examine(path: Path, config: DataConfig, cache: Cache | None = None) -> Entry:
     """Read a file once and say what can be used of it; with a cache, volumes end up there. Never raises ImageError."""
     try:
-        key = _key(path, config)
+        key = key_of(path, config)
     except FileNotFoundError:
         return Entry(key="", problems=[(0, "no such file")])
     except (OSError, ValueError) as error:  # ValueError: its path has a NUL, or what the system cannot encode
@@ -165,7 +169,8 @@ def examine(path: Path, config: DataConfig, cache: Cache | None = None) -> Entry
     return entry
 
 
-def _key(path: Path, config: DataConfig) -> str:
+def key_of(path: Path, config: DataConfig) -> str:
+    """Names what a file holds, as far as can be told without reading it: another content has another key."""
     status = path.stat()
     settings = [len(config.crop), config.hounsfield if config.normalise == "hounsfield" else None]
     settings += [getattr(config, name) for name in _SETTINGS]
@@ -184,4 +189,4 @@ def _foreground_name(key: str, volume: int) -> str:
 @functools.lru_cache(maxsize=256)
 def _map(path: Path) -> np.ndarray:
     # a plain array over the map: slicing the memmap class costs ten times as much
-    return np.asarray(np.load(path, mmap_mode="r"))
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))

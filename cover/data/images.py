@@ -9,16 +9,17 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from cover.config import DataConfig
-from cover.data.cache import Cache, Entry, examine
+from cover.data.cache import Cache, Entry, examine, key_of
 from cover.data.manifest import Source, find, splits
 from cover.data.prepare import prepare, resample
 from cover.data.reading import from_volumes, read
-from cover.data.report import DataError, Finding, ImageError, Report, printable
+from cover.data.report import DataError, Finding, ImageError, Report, image_errors, printable
 from cover.rng import Draws
 
 _THREADS = 8  # each holds a whole decoded file
@@ -66,9 +67,9 @@ class ImageSet:
         """Image `i` without copying: [in_channels, *S], read-only memory-mapped float16 for volumes, else float32."""
         file, volume, position = self._items[i].tolist()
         if not from_volumes(self._config):
-            decoded = read(self._files[file][0].path, self._config)
-            if volume >= len(decoded.array):
-                raise ImageError(f"has {len(decoded.array)} volumes now")
+            source, entry = self._files[file]
+            decoded = read(source.path, self._config)
+            _check_same(source.path, entry, self._config)
             return prepare(decoded.array[volume], decoded.spacing, self._config)[0]
         image = self._cached(Cache.volume, file, volume)
         if position < 0:
@@ -107,11 +108,20 @@ class ImageSet:
         source, entry = self._files[file]
         try:
             return kind(self._cache, entry, volume)
-        except (OSError, ValueError, EOFError):  # gone from the cache since the start, or cut off: decode it again
-            entry = examine(source.path, self._config, self._cache)
-            if volume not in entry.volumes:
-                raise ImageError(dict(entry.problems).get(volume, "its volume is gone")) from None
-            return kind(self._cache, entry, volume)
+        except (OSError, ValueError, EOFError):  # gone from the cache since the start, or damaged: decode it again
+            self._cache.forget(entry)
+            again = examine(source.path, self._config, self._cache)
+            if volume not in again.volumes:
+                raise ImageError(dict(again.problems).get(volume, "its volume is gone")) from None
+            _check_same(source.path, entry, self._config)
+            return kind(self._cache, again, volume)
+
+
+@image_errors("cannot be looked at")
+def _check_same(path: Path, entry: Entry, config: DataConfig) -> None:
+    """A file that was written anew is another image, which nobody has looked at; the next start will."""
+    if key_of(path, config) != entry.key:
+        raise ImageError("was changed or replaced after the data set was opened")
 
 
 def open_images(
