@@ -22,7 +22,8 @@ def lock(out: Path) -> TextIO:
     Raises RunInUse while it is another's.
     """
     out.mkdir(parents=True, exist_ok=True)
-    text = open(out / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - closed by the log
+    # opened once: whoever closes a file gives up all locks that his process has on it
+    text = open(out / "log.txt", "a+", encoding="utf-8")  # noqa: SIM115 - closed by the log
     try:
         # of this process alone: workers that outlive a killed run do not keep it from being resumed
         fcntl.lockf(text, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,6 +61,9 @@ class RunLog:
         self.first, self.steps, self.every = step, steps, every
         self.began = time.monotonic()
         self.text = text
+        size = os.fstat(text.fileno()).st_size
+        if size and os.pread(text.fileno(), 1, size - 1) != b"\n":  # a process was killed while it wrote its last line
+            text.write("\n")
         self.board = _tensorboard(out / "tensorboard", step) if tensorboard else None
         damaged = truncate(out / "metrics.jsonl", step)
         self.metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__

@@ -10,6 +10,11 @@ if operators.DEVICE != "cpu":
     torch.set_default_device(operators.DEVICE)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=10, help="SIGKILLs that the runs of test_survival.py get")
+    parser.addoption("--examples", type=int, default=40, help="examples of each test of test_fuzz.py")
+
+
 @pytest.fixture(params=[*operators.compiled_backends(), "reference"])
 def backend(request):
     """Runs a test once on every backend that serves here."""

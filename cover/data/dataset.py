@@ -1,6 +1,7 @@
 """Crops for pretraining and the order in which they come: both pure functions of the seed and the position."""
 
 from collections.abc import Generator, Iterable, Iterator
+from multiprocessing import get_all_start_methods
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,8 @@ def batches_of(
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
+        # torch's workers end with their parent: when the run is killed, they must not be a fork server's children
+        multiprocessing_context="fork" if workers and "fork" in get_all_start_methods() else None,
         generator=torch.Generator(),  # the global one is part of a run's checkpoint: leave it alone
     )
     failure = ""
