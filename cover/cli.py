@@ -146,6 +146,7 @@ def launch(options: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     words = ["--standalone", f"--nproc-per-node={options.nproc}", f"--max-restarts={options.restarts}"]
+    words += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]  # passed on to the processes, which save
     words += ["-m", "cover", "pretrain", options.data, f"--out={options.out}"]
     words += [f"--{name}={value}" for name in ("preset", "val") if (value := getattr(options, name)) is not None]
     words += ["--resume"] if options.resume else []

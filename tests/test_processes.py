@@ -1,5 +1,6 @@
 """Several processes that train one model: real ones, over gloo, as `cover pretrain --nproc` and torchrun start them."""
 
+import json
 import os
 import shutil
 import signal
@@ -86,7 +87,7 @@ def rank_of(process, run):
     return ranks[0] if ranks and str(run).encode() in command else None
 
 
-def test_a_killed_process_makes_torchrun_go_on_from_the_last_checkpoint(data, two, tmp_path):
+def test_a_killed_process_makes_torchrun_go_on_from_the_last_checkpoint(data, tmp_path):
     run = tmp_path / "run"
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2", "-m", "cover")
     job = start(data, run, starter=torchrun, steps=60, checkpoint_every=5)
@@ -98,6 +99,39 @@ def test_a_killed_process_makes_torchrun_go_on_from_the_last_checkpoint(data, tw
     output = finish(job)
     assert "resumed after step" in output
     assert [record["step"] for record in log.read(run, "train")] == list(range(1, 61))
+    assert [record["step"] for record in log.read(run, "val")] == [60]
+    state = checkpoint.load(checkpoint.find(run))
+    assert (state["step"], state["seen"]) == (60, 60 * 2 * RUN["batch"])
+    # one process writes: it has begun twice
+    assert (run / "log.txt").read_text().count("process 1 of 2") == 2 and "process 2" not in output
+
+
+def test_a_pre_emption_of_the_launcher_saves_all_processes_in_one_step(data, tmp_path):
+    run = tmp_path / "run"
+    job = start(data, run, "--nproc", 2, steps=100_000, checkpoint_every=100_000)
+    deadline = time.monotonic() + 300
+    while job.poll() is None and time.monotonic() < deadline and not has_records(run, 3):
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    output = finish(job, 128 + signal.SIGUSR1)
+    (last,) = checkpoint.all_of(run)
+    step = checkpoint.step_of(last)
+    assert f"stopped after step {step}; saved, to be resumed" in output
+    assert [record["step"] for record in log.read(run, "train")] == list(range(1, step + 1))
+
+
+def has_records(run, count):
+    return (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b"\n") >= count
+
+
+def test_accumulation_reduces_the_gradient_once_a_step(data, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *torchrun, Path(__file__).with_name("reductions.py"), data, tmp_path]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    counts = json.loads(finish(job).splitlines()[-1])
+    # the small network's gradient is one bucket; beside it the voxels of the mask, and all metrics together
+    assert counts == {"1": [[1, 2]] * 3, "4": [[1, 2]] * 3}
 
 
 def test_processes_share_an_epoch_without_repeats():
