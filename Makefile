@@ -1,6 +1,6 @@
-# make demo | test | lint | bench | bench-full | gpu-build | one-wheel: each sets up its own virtual environment and asks
-# nothing. TORCH chooses the torch to install; the default is the release whose CPU build CI has at hand. Users of the
-# library choose their own: pyproject.toml only bounds it from below.
+# make demo | test | lint | bench | bench-full | gpu-build | one-wheel | sanitize: each sets up its own virtual environment
+# and asks nothing. TORCH chooses the torch to install; the default is the release whose CPU build CI has at hand. Users of
+# the library choose their own: pyproject.toml only bounds it from below.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -13,8 +13,11 @@ GPU_BIN := $(abspath $(GPU_VENV))/bin
 OTHER_TORCH ?= torch==2.14.1
 OTHER_VENV ?= .venv-other
 OTHER_BIN := $(abspath $(OTHER_VENV))/bin
+SANITIZE_VENV ?= .venv-sanitize
+SANITIZE_BIN := $(abspath $(SANITIZE_VENV))/bin
+EXAMPLES ?= 1000
 
-.PHONY: demo test lint format bench bench-full gpu-build one-wheel clean
+.PHONY: demo test lint format bench bench-full gpu-build one-wheel sanitize clean
 
 # The compiled wheel, built without isolation against the torch of the environment, is what demo, tests and
 # benchmarks run. They start in other folders, since Python would import the tree from this one.
@@ -72,6 +75,16 @@ one-wheel: $(VENV)/built
 	cd $(OTHER_VENV) && $(OTHER_BIN)/python -m cover_kernels
 	cd tests && $(OTHER_BIN)/pytest test_operators.py test_veu.py test_warp.py test_compose.py
 
+# The operators fuzzed on every instruction set of this processor, EXAMPLES of each test, with CPU kernels under
+# AddressSanitizer and UndefinedBehaviorSanitizer, in an environment of its own.
+sanitize:
+	test -x $(SANITIZE_BIN)/python || $(PYTHON) -m venv $(SANITIZE_VENV)
+	$(SANITIZE_BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel ninja numpy pytest hypothesis
+	@echo "compiling the kernels with sanitizers: a few minutes"
+	COVER_DEBUG=1 COVER_SANITIZE=address,undefined FORCE_CPU=1 $(SANITIZE_BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(SANITIZE_VENV)/wheel .
+	$(SANITIZE_BIN)/python -m pip install --quiet --no-deps --force-reinstall "$$(ls -t $(SANITIZE_VENV)/wheel/cover_vcl-*.whl | head -n 1)"
+	cd tests && $(SANITIZE_BIN)/python sanitized.py --examples $(EXAMPLES)
+
 $(VENV)/lint: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check ruff==0.17.6 clang-format==18.1.8
@@ -88,4 +101,4 @@ format: $(VENV)/lint
 	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) $(OTHER_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) $(OTHER_VENV) $(SANITIZE_VENV) build dist *.egg-info

@@ -68,7 +68,7 @@ from torch.utils import cpp_extension  # noqa: E402
 common = ["-std=c++17", "-O0" if debug else "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 cxx = [*common, "-fvisibility=hidden", "-Wall", "-Wno-aggressive-loop-optimizations"]
 cxx += ["-g", "-fno-omit-frame-pointer"] if debug or sanitizers else ["-g0"]
-sanitize = [f"-fsanitize={sanitizers}", "-O1"] if sanitizers else []
+sanitize = [f"-fsanitize={sanitizers}", *([] if debug else ["-O1"])] if sanitizers else []
 extensions = [
     cpp_extension.CppExtension(
         "cover_kernels._cpu",
