@@ -163,10 +163,20 @@ def test_right_arguments_give_what_the_reference_gives(fuzz, operator, backend):
             return
         wide = [t.double() for t in tensors]
         grad = grad_like(function(*wide))
-        exact, same = run(function, wide, "reference", grad), run(function, tensors, "reference", grad)
-        assert_agrees(run(function, tensors, backend, grad), same, exact, tensors)
+        exact, same, actual = (
+            run(function, t, b, grad) for t, b in ((wide, "reference"), (tensors, "reference"), (tensors, backend))
+        )
+        if not is_exact(arguments.get("stride", 1)):
+            exact, same, actual = exact[:1], same[:1], actual[:1]
+        assert_agrees(actual, same, exact, tensors)
 
     fuzz(calls(operator), test)
+
+
+def is_exact(stride):
+    """Whether the positions of a finer level are exact: else rounding says in which cell one on the border of two lies,
+    and with it the derivative."""
+    return all(s & (s - 1) == 0 for s in (stride if isinstance(stride, tuple) else (stride,)))
 
 
 def wrong_values(x):
