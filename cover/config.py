@@ -57,6 +57,7 @@ class DataConfig:
     val_fraction: float = 0.1  # share of the images held out when no manifest says which
     on_error: str = "skip"  # unreadable images: "skip" or "fail"
     cache: str | None = None  # folder of decoded volumes; None: <out>/cache
+    store: str = "npy"  # how they are kept: "npy", or "blosc2": compressed in chunks, needs cover-vcl[store]
     workers: int = 0  # data-loading processes
 
     def __post_init__(self):
@@ -103,6 +104,7 @@ class DataConfig:
                 "foreground": _share(self.foreground),
                 "val_fraction": (0 <= self.val_fraction < 1, "at least 0 and below 1"),
                 "on_error": _one_of(self.on_error, "skip", "fail"),
+                "store": _one_of(self.store, "npy", "blosc2"),
                 "workers": _at_least(0, self.workers),
             },
         )

@@ -39,7 +39,7 @@ COLLAPSE_STEPS, COLLAPSE_VARIANCE, COLLAPSE_ERROR = 50, 0.05, 0.9
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # settings that may differ when a run is resumed: none of them changes the weights or the records
-_FREE = {"workers", "device", "cache", "tensorboard", "log_every", "checkpoint_every", "keep", "keep_every"}
+_FREE = {"workers", "device", "cache", "store", "tensorboard", "log_every", "checkpoint_every", "keep", "keep_every"}
 
 
 class WriteError(RuntimeError):

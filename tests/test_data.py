@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-import cover.data.cache
 from cover.config import DataConfig
 from cover.data import BatchSampler, DataError, PretrainDataset, check, open_images, splits
 from cover.data.cache import Cache, Entry
@@ -384,7 +383,6 @@ def test_a_volume_that_vanishes_with_its_cache_is_replaced(folder, tmp_path):
     dataset = PretrainDataset(images, VOLUME, (0, 0, 0), seed=0)
     for file in (tmp_path / "cache").glob("*.volume"):
         file.unlink()
-    cover.data.cache._map.cache_clear()
     (folder / "a.npy").unlink()
     assert dataset[0, 0]["replaced"] == "data: another image takes the place of a.npy: no such file"
     assert dataset[0, 1]["replaced"] == ""

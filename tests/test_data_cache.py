@@ -1,5 +1,6 @@
 """The cache of decoded volumes: decodes once, trusts only what is whole and current, shared by processes."""
 
+import dataclasses
 import multiprocessing
 import os
 import pickle
@@ -12,11 +13,24 @@ import numpy as np
 import pytest
 
 import cover.data.cache
-from cover.config import DataConfig
+from cover.config import Config, DataConfig, replace
 from cover.data import ImageError, open_images
 from cover.data.cache import Cache
 
 CONFIG = DataConfig(crop=(8, 8, 8))
+
+
+@pytest.fixture(params=["npy", "blosc2"])
+def store(request):
+    """Runs a test once with every store."""
+    if request.param == "blosc2":
+        pytest.importorskip("blosc2")
+    return request.param
+
+
+@pytest.fixture
+def config(store):
+    return DataConfig(crop=(8, 8, 8), store=store)
 
 
 @pytest.fixture
@@ -41,10 +55,10 @@ def contents(images):
     return np.stack([images.read(i) for i in range(len(images))])
 
 
-def test_volumes_are_decoded_once(volumes, tmp_path, decoded):
-    first = open_images(volumes, CONFIG, cache=tmp_path / "cache")
+def test_volumes_are_decoded_once(volumes, tmp_path, decoded, config):
+    first = open_images(volumes, config, cache=tmp_path / "cache")
     assert sorted(decoded) == ["0.npy", "1.npy", "2.npy"]
-    again = open_images(volumes, CONFIG, cache=tmp_path / "cache")
+    again = open_images(volumes, config, cache=tmp_path / "cache")
     assert len(decoded) == 3
     np.testing.assert_array_equal(contents(first), contents(again))
     stored = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*-*"))
@@ -52,16 +66,65 @@ def test_volumes_are_decoded_once(volumes, tmp_path, decoded):
     assert f"{stored / 1e6:.1f} MB in {tmp_path / 'cache'}" in str(again.report)
 
 
-def test_a_volume_is_a_memory_map_at_half_precision(volumes, tmp_path):
-    images = open_images(volumes, CONFIG, cache=tmp_path / "cache")
-    array = images.array(0)
-    assert array.dtype == np.float16 and not array.flags.writeable and isinstance(array.base, np.memmap)
+def test_a_volume_is_at_half_precision(volumes, tmp_path, config):
+    images = open_images(volumes, config, cache=tmp_path / "cache")
+    assert images.array(0).dtype == np.float16 and images.array(0).shape == (1, 12, 10, 9)
     x = np.load(volumes / "0.npy")
     x = np.clip(x, *np.percentile(x, (0.5, 99.5)))
     np.testing.assert_allclose(images.read(0)[0], (x - x.mean()) / x.std(), rtol=1e-3, atol=1e-3)
     own = images.read(0)
     own[:] = 0
     assert own.dtype == np.float32 and images.read(0).any()
+
+
+def test_a_volume_is_a_memory_map(volumes, tmp_path):
+    array = open_images(volumes, CONFIG, cache=tmp_path / "cache").array(0)
+    assert not array.flags.writeable and isinstance(array.base, np.memmap)
+
+
+@pytest.mark.parametrize("slice_axis", [None, 0, 2])
+def test_both_stores_hold_the_same_bits(tmp_path, slice_axis):
+    pytest.importorskip("blosc2")
+    for name, shape in (("small", (5, 6, 7)), ("whole", (64, 32, 32)), ("odd", (70, 33, 65))):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).normal(size=shape))
+    config = replace(Config(), crop=(8, 8) if slice_axis is not None else (8, 8, 8), slice_axis=slice_axis).data
+    npy, blosc2 = (
+        open_images(tmp_path, dataclasses.replace(config, store=store), cache=tmp_path / "cache")
+        for store in ("npy", "blosc2")
+    )
+    assert len(npy) == len(blosc2)
+    for i in range(len(npy)):
+        x, y = npy.array(i), blosc2.array(i)
+        np.testing.assert_array_equal(np.array(x).view(np.uint16), np.array(y).view(np.uint16))
+        regions = [np.s_[:, 1:4, 2:5], np.s_[:, 3:60, 4:33], np.s_[:, -1:]]
+        for region in regions:
+            np.testing.assert_array_equal(x[region], y[region])
+        assert slice_axis is not None or np.array_equal(npy.foreground(i), blosc2.foreground(i))
+
+
+def test_only_the_chunks_that_a_crop_touches_are_decoded(tmp_path):
+    pytest.importorskip("blosc2")
+    np.save(tmp_path / "0.npy", np.random.default_rng(0).normal(size=(64, 64, 64)))
+    config = DataConfig(crop=(8, 8, 8), store="blosc2")
+    images = open_images(tmp_path, config, cache=tmp_path / "cache")
+    truth = images.read(0)
+    (file,) = (tmp_path / "cache").glob("*.volume")
+    content = bytearray(file.read_bytes())
+    # half way through the file are the chunks in the middle: neither the first nor the last
+    content[len(content) // 2 - 5000 : len(content) // 2 + 5000] = bytes(10000)
+    file.write_bytes(content)
+    for corner in (np.s_[:, :32, :32, :32], np.s_[:, 32:, 32:, 32:]):
+        np.testing.assert_array_equal(images.array(0)[corner], truth[corner])
+    with pytest.raises(ImageError, match=rf"what the cache has of it is damaged .*: delete {file}"):
+        images.read(0)
+
+
+def test_a_store_whose_library_is_missing_says_what_to_install(volumes, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "blosc2", None)
+    with pytest.raises(ImportError, match=r"store=blosc2 needs blosc2: pip install 'cover-vcl\[store\]'"):
+        open_images(volumes, DataConfig(crop=(8, 8, 8), store="blosc2"), cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    assert len(open_images(volumes, CONFIG, cache=tmp_path / "cache")) == 3
 
 
 def test_changed_files_and_settings_are_decoded_again(volumes, tmp_path, decoded):
@@ -81,25 +144,24 @@ def test_changed_files_and_settings_are_decoded_again(volumes, tmp_path, decoded
     assert not decoded
 
 
-def test_what_is_not_whole_is_not_trusted(volumes, tmp_path, decoded):
-    truth = contents(open_images(volumes, CONFIG, cache=tmp_path / "cache"))
-    cover.data.cache._map.cache_clear()
+def test_what_is_not_whole_is_not_trusted(volumes, tmp_path, decoded, config):
+    truth = contents(open_images(volumes, config, cache=tmp_path / "cache"))
     files = sorted((tmp_path / "cache").glob("*.volume"))
     files[0].write_bytes(files[0].read_bytes()[:-100])
     files[1].unlink()
     decoded.clear()
-    np.testing.assert_array_equal(contents(open_images(volumes, CONFIG, cache=tmp_path / "cache")), truth)
+    np.testing.assert_array_equal(contents(open_images(volumes, config, cache=tmp_path / "cache")), truth)
     assert len(decoded) == 2
 
 
-def test_an_index_whose_writer_was_killed(volumes, tmp_path, decoded):
-    open_images(volumes, CONFIG, cache=tmp_path / "cache")
+def test_an_index_whose_writer_was_killed(volumes, tmp_path, decoded, config):
+    open_images(volumes, config, cache=tmp_path / "cache")
     index = tmp_path / "cache/index.jsonl"
     index.write_bytes(index.read_bytes().strip().splitlines()[0][:-20])
     decoded.clear()
-    open_images(volumes, CONFIG, cache=tmp_path / "cache")
+    open_images(volumes, config, cache=tmp_path / "cache")
     assert len(decoded) == 3
-    open_images(volumes, CONFIG, cache=tmp_path / "cache")
+    open_images(volumes, config, cache=tmp_path / "cache")
     assert len(decoded) == 3  # the line that follows the broken one counts
 
 
@@ -120,28 +182,26 @@ def test_temporary_files_without_a_writer_are_removed(tmp_path):
     assert [file.name for file in tmp_path.glob("*.tmp")] == ["young.volume.2.tmp"]
 
 
-def test_a_full_disk_is_not_mistaken_for_a_bad_image(volumes, tmp_path, monkeypatch):
-    def full(file, array):
-        file.write(b"some of it")
+def test_a_full_disk_is_not_mistaken_for_a_bad_image(volumes, tmp_path, monkeypatch, config):
+    def full(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        open_images(volumes, CONFIG, cache=tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*-*"))
+        open_images(volumes, config, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
 
 
-def test_cache_that_goes_missing_in_mid_run_is_made_again(volumes, tmp_path):
-    images = open_images(volumes, CONFIG, cache=tmp_path / "cache")
+def test_cache_that_goes_missing_in_mid_run_is_made_again(volumes, tmp_path, config):
+    images = open_images(volumes, config, cache=tmp_path / "cache")
     truth = contents(images)
-    cover.data.cache._map.cache_clear()
     files = sorted((tmp_path / "cache").glob("*.volume"))
     files[0].unlink()
     files[1].write_bytes(b"")
+    files[2].write_bytes(files[2].read_bytes()[:-100])
     np.testing.assert_array_equal(contents(images), truth)
     files[0].unlink()
     (volumes / "0.npy").unlink()
-    cover.data.cache._map.cache_clear()
     failed = []
     for i in range(3):
         try:
@@ -158,7 +218,6 @@ def test_what_would_run_code_in_a_cache_is_not_run(volumes, tmp_path):
 
     images = open_images(volumes, CONFIG, cache=tmp_path / "cache")
     truth = contents(images)
-    cover.data.cache._map.cache_clear()
     for kind, path in zip(("array", "file", "index"), sorted((tmp_path / "cache").glob("*.volume")), strict=True):
         size = path.stat().st_size
         if kind == "array":
@@ -180,7 +239,8 @@ from cover.config import DataConfig
 from cover.data import open_images
 print("ready", flush=True)
 sys.stdin.readline()
-images = open_images(sys.argv[1], DataConfig(crop=(8, 8, 8)), cache=sys.argv[2] if len(sys.argv) > 2 else None)
+config = DataConfig(crop=(8, 8, 8), store=sys.argv[2])
+images = open_images(sys.argv[1], config, cache=sys.argv[3] if len(sys.argv) > 3 else None)
 print(images.report.cache, flush=True)
 """
 
@@ -198,12 +258,12 @@ def go(process):
     process.stdin.flush()
 
 
-def test_a_killed_writer_leaves_nothing_that_counts(tmp_path):
+def test_a_killed_writer_leaves_nothing_that_counts(tmp_path, store, config):
     folder, cache = tmp_path / "volumes", tmp_path / "cache"
     folder.mkdir()
     for k in range(30):
         np.save(folder / f"{k}.npy", np.random.default_rng(k).random((60, 60, 60), dtype=np.float32))
-    killed = start(folder, cache)
+    killed = start(folder, store, cache)
     go(killed)
     # in the midst of writing: after the first entry, at a moment that differs from run to run
     while not (cache / "index.jsonl").exists():
@@ -212,19 +272,19 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path):
     killed.wait()
     entries = len((cache / "index.jsonl").read_text().split())
     assert entries < 30, "the writer was done before it was killed"
-    images = open_images(folder, CONFIG, cache=cache)
+    images = open_images(folder, config, cache=cache)
     clean = open_images(folder, CONFIG, cache=tmp_path / "clean")
     for i in range(30):
         np.testing.assert_array_equal(images.read(i), clean.read(i))
 
 
-def test_processes_share_a_cache(volumes, tmp_path):
+def test_processes_share_a_cache(volumes, tmp_path, config):
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(4), context.Queue()
 
     def work():
         barrier.wait()
-        results.put(contents(open_images(volumes, CONFIG, cache=tmp_path / "cache")))
+        results.put(contents(open_images(volumes, config, cache=tmp_path / "cache")))
 
     processes = [context.Process(target=work) for _ in range(4)]
     for process in processes:
@@ -232,14 +292,14 @@ def test_processes_share_a_cache(volumes, tmp_path):
     outputs = [results.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
-    truth = contents(open_images(volumes, CONFIG, cache=tmp_path / "cache"))
+    truth = contents(open_images(volumes, config, cache=tmp_path / "cache"))
     for output in outputs:
         np.testing.assert_array_equal(output, truth)
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
-def test_a_temporary_cache_goes_with_its_process(volumes):
-    process = start(volumes)
+def test_a_temporary_cache_goes_with_its_process(volumes, store):
+    process = start(volumes, store)
     go(process)
     temporary = Path(process.communicate()[0].strip())
     assert process.returncode == 0

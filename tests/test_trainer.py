@@ -372,7 +372,6 @@ def test_volumes_that_go_bad_with_their_cache_are_named_and_counted(tmp_path):
         def lost_too(self):
             shutil.rmtree(self.out / "cache")
             (self.out / "cache").mkdir()
-            cache._map.cache_clear()
 
     settings = SETTINGS | dict(val_fraction=0.0, steps=16, checkpoint_every=16)
     DamagedToo(replace(Config(), **settings), tmp_path / "data", tmp_path / "run").run()

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from cover.config import DataConfig
 from cover.data.images import ImageSet
 from cover.data.report import DataError, ImageError
+from cover.data.store import Chunked
 from cover.process import ignore_signals
 from cover.rng import Draws
 
@@ -105,7 +106,7 @@ def batches_of(
         raise DataError(failure)
 
 
-def cut(array: np.ndarray, start: np.ndarray, shape: np.ndarray) -> tuple[Tensor, Tensor]:
+def cut(array: np.ndarray | Chunked, start: np.ndarray, shape: np.ndarray) -> tuple[Tensor, Tensor]:
     """A patch of [C, *S] from voxel `start` on, which may reach outside: there the nearest voxel is repeated.
 
     Returns:

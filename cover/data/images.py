@@ -20,6 +20,7 @@ from cover.data.manifest import Source, find, splits
 from cover.data.prepare import prepare, resample
 from cover.data.reading import from_volumes, read
 from cover.data.report import DataError, Finding, ImageError, Report, image_errors, printable
+from cover.data.store import Chunked
 from cover.rng import Draws
 
 _THREADS = 8  # each holds a whole decoded file
@@ -63,8 +64,14 @@ class ImageSet:
         """
         return np.array(self.array(i), dtype=np.float32)
 
-    def array(self, i: int) -> np.ndarray:
-        """Image `i` without copying: [in_channels, *S], read-only memory-mapped float16 for volumes, else float32."""
+    def array(self, i: int) -> np.ndarray | Chunked:
+        """Image `i` without copying: [in_channels, *S], read-only memory-mapped float16 for volumes, else float32.
+
+        With `store=blosc2` a volume is decoded where it is indexed, and only there.
+
+        Raises:
+            ImageError: the file can no longer be used.
+        """
         file, volume, position = self._items[i].tolist()
         if not from_volumes(self._config):
             source, entry = self._files[file]
@@ -140,7 +147,7 @@ def open_images(
 
     Raises:
         DataError: nothing usable, a file is not (with `on_error="fail"`), no such split, or a bad manifest.
-        FileNotFoundError: no such data. ImportError: a format needs an extra that is not installed.
+        FileNotFoundError: no such data. ImportError: a format or the store needs an extra that is not installed.
     """
     sources = find(data)
     if split is not None:
@@ -148,7 +155,7 @@ def open_images(
         if split not in found:
             raise DataError(f"data: there is no split {split!r} in {data}; it has {' '.join(found) or 'no splits'}")
         sources = [source for source in sources if source.split == split]
-    folder = Cache(config.cache or cache or _temporary_cache())
+    folder = Cache(config.cache or cache or _temporary_cache(), config.store)
     files = _examine_all(sources, config, folder)
     images = ImageSet(files, _items(files, config), config, folder)
     if images.report.problems and config.on_error == "fail":
