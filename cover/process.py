@@ -19,8 +19,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Inside the `with` block, the first Ctrl-C, SIGTERM or SIGUSR1 is noted in `received`; the next acts as ever.
+    """Inside the `with` block, the first Ctrl-C, SIGTERM or SIGUSR1 is noted in `received`; then Ctrl-C acts as ever.
 
+    SIGTERM and SIGUSR1 may come twice without anybody insisting: from Slurm to all processes, and again from torchrun.
     In a thread other than the main one, where signals never arrive, it does nothing.
     """
 
@@ -34,17 +35,18 @@ class StopSignals:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._restore()
+        for number in self._before:
+            self._restore(number)
 
     def _note(self, number: int, frame) -> None:
-        self.received = number
-        print("\nsaving after this step; press again to stop at once", file=sys.stderr)
-        self._restore()
+        if self.received is None:
+            self.received = number
+            print("\nsaving after this step; Ctrl-C to stop at once", file=sys.stderr)
+            self._restore(signal.SIGINT)
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before = {}
+    def _restore(self, number: int) -> None:
+        handler = self._before[number]
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def ignore_signals(worker: int) -> None:

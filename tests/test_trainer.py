@@ -185,6 +185,17 @@ def test_a_second_ctrl_c_acts_at_once():
             time.sleep(1)
 
 
+def test_a_pre_emption_that_is_announced_twice_is_no_insistence():
+    with StopSignals() as stop:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert stop.received == signal.SIGUSR1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_pre_emption_saves_within_a_step(data, tmp_path, number):
     class Preempted(Trainer):
