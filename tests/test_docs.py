@@ -98,6 +98,7 @@ def test_the_slurm_script_saves_before_the_limit_and_goes_on_after_it(tmp_path):
     job.send_signal(signal.SIGUSR1)
     output = job.communicate(timeout=300)[0]
     assert job.returncode == 0, output
+    assert "death signal, shutting down workers" in output  # torchrun has waited for them
     steps = checkpoint.step_of(checkpoint.find(run))
     assert steps == len(log.read(run, "train")) > 0
     assert (tmp_path / "calls").read_text().splitlines() == [
