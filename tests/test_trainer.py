@@ -19,7 +19,7 @@ from tiny import SETTINGS, volumes
 
 from cover import checkpoint, log, pretrain
 from cover.config import Config, replace
-from cover.data import DataError, cache, open_images
+from cover.data import DataError, open_images
 from cover.evaluation import held_out_batches
 from cover.log import RunInUse
 from cover.model import COVER
