@@ -30,9 +30,9 @@ class Counting(Trainer):
         self.counts.append([0, 0])
         all_reduce = dist.all_reduce
 
-        def counted(*arguments):
-            self.counts[-1][1] += 1
-            return all_reduce(*arguments)
+        def counted(*arguments, **options):
+            self.counts[-1][1] += not options  # the hook for the gradients gives some
+            return all_reduce(*arguments, **options)
 
         dist.all_reduce = counted
         try:
