@@ -108,7 +108,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path, 
             moment = moments.uniform(0, life / 2 if aim == "anywhere" else survival.PAUSE / 2)
             killed, there = kill(processes, arguments, aim, moment)
             kills += killed
-            landed[aim] += there
+            landed.update([aim] * there)
             assert_nothing_is_half_written_or_lost(run, whole)
             if not killed:  # it was faster, and is done
                 break
