@@ -103,7 +103,7 @@ def test_a_killed_process_makes_torchrun_go_on_from_the_last_checkpoint(data, tm
     state = checkpoint.load(checkpoint.find(run))
     assert (state["step"], state["seen"]) == (60, 60 * 2 * RUN["batch"])
     # one process writes: it has begun twice
-    assert (run / "log.txt").read_text().count("process 1 of 2") == 2 and "process 2" not in output
+    assert (run / "log.txt").read_text().count("process 1 of 2") == 2 and "process 2 of 2" not in output
 
 
 def test_a_pre_emption_of_the_launcher_saves_all_processes_in_one_step(data, tmp_path):
