@@ -209,7 +209,9 @@ class TrainConfig:
     batch: int = 4  # images per step, of each process
     accumulate: int = 1  # parts that go through the network one after the other; the step is the same up to rounding
     precision: str = "fp32"  # "bf16" or "fp16" (its loss scaled): autocast of network and losses; weights stay float32
-    recompute: str = "off"  # less memory, more time: "stages" of the backbone, or "all": view by view too
+    recompute: str = "off"  # less memory, more time: "norms" of the backbone, its "stages", or "all": view by view too
+    compile: str = "off"  # torch.compile, within the first step: of the "backbone", or of the "step", losses included
+    shard: bool = False  # several processes: each holds a share of weights, gradients and optimiser's state (FSDP2)
     optimiser: str = "adamw"  # "adamw", "adam" (weight decay inside the gradient) or "sgd"
     lr: float = 1e-3  # largest learning rate
     momentum: float = 0.9  # sgd only
@@ -221,6 +223,7 @@ class TrainConfig:
     consistency_weight: float = 1.0  # factor of L_con
     seed: int = 0  # of weights, order, crops and views
     device: str = "auto"  # "auto": cuda where there is one, else cpu
+    check_memory: bool = True  # predict the peak of a step before training starts, and refuse what does not fit
     tensorboard: bool = False  # also write the metrics for TensorBoard
     log_every: int = 10  # steps between lines in the log; metrics.jsonl has every step
     val_every: int = 200  # steps; 0: only at the end
@@ -240,7 +243,8 @@ class TrainConfig:
                     f"a divisor of `batch`, {self.batch}",
                 ),
                 "precision": _one_of(self.precision, "fp32", "bf16", "fp16"),
-                "recompute": _one_of(self.recompute, "off", "stages", "all"),
+                "recompute": _one_of(self.recompute, "off", "norms", "stages", "all"),
+                "compile": _one_of(self.compile, "off", "backbone", "step"),
                 "optimiser": _one_of(self.optimiser, "adamw", "adam", "sgd"),
                 "lr": (0 < self.lr <= 1e6, "above 0 and at most 1e6"),
                 "momentum": (0 <= self.momentum < 1, "at least 0 and below 1"),

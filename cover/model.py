@@ -1,6 +1,7 @@
 """COVER: a backbone and a vector pyramid, from two views of an image to the displacement between them."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,8 +19,8 @@ class Backbone(Protocol):
     """What COVER pretrains: any module that returns feature maps, coarse to fine, and says their shapes.
 
     `forward` takes an image [B, in_channels, *S], every axis a multiple of `strides[0]`, and returns one map
-    [B, channels[l], *(S / strides[l])] per level. A backbone may have an attribute `recompute`: where it is true, each
-    of its stages keeps its output only, and runs again in the backward.
+    [B, channels[l], *(S / strides[l])] per level. A backbone may have an attribute `recompute`, what its backward makes
+    anew to keep less: "off", "norms" (what costs little) or "stages" (all but the outputs of its stages).
     """
 
     channels: tuple[int, ...]
@@ -60,19 +61,21 @@ class COVER(nn.Module):
         """Trade a second forward pass for memory: what is not kept for the backward, but computed again.
 
         Args:
-            what: "off"; "stages": what lies inside the stages of the backbone; "all": the backbone's maps too, one
-                view after the other, so that the backward holds the stages of one view at a time.
+            what: "off"; "norms": what lies between the convolutions of the backbone, which do not run again; "stages":
+                all that lies inside its stages; "all": the backbone's maps too, one view after the other, so that the
+                backward holds the stages of one view at a time.
 
         Raises:
             ValueError: no such choice, or the backbone has no attribute `recompute`.
         """
-        if what not in ("off", "stages", "all"):
-            raise ValueError(f'COVER: `recompute` must be "off", "stages" or "all", got {what!r}')
+        choices = ("off", "norms", "stages", "all")
+        if what not in choices:
+            raise ValueError(f"COVER: `recompute` must be one of {', '.join(choices)}, got {what!r}")
         if what != "off" and not hasattr(self.backbone, "recompute"):
             raise ValueError(f"COVER: `recompute` needs a backbone that has it; {type(self.backbone).__name__} has not")
         self.view_by_view = what == "all"
         if hasattr(self.backbone, "recompute"):
-            self.backbone.recompute = what != "off"
+            self.backbone.recompute = "stages" if what == "all" else what
 
     def forward(self, a: Tensor, b: Tensor) -> Prediction:
         """Predict the displacement psi with b(p) = a(p + psi(p)).
@@ -95,10 +98,11 @@ class COVER(nn.Module):
             )
         size = a.shape[2:]
         padded = tuple(n * s for n, s in zip(real_size(size, strides[0]), strides[0], strict=True))
-        if self.view_by_view and torch.is_grad_enabled():
-            features_a, features_b = (
-                checkpoint(self.backbone, replicate(x, size, padded), use_reentrant=False) for x in (a, b)
-            )
+        if self.view_by_view:
+            run = self.backbone
+            if torch.is_grad_enabled():
+                run = partial(checkpoint, run, use_reentrant=False)
+            features_a, features_b = (run(replicate(x, size, padded)) for x in (a, b))
         else:
             features = self.backbone(replicate(torch.cat((a, b)), size, padded))
             features_a, features_b = zip(*(x.chunk(2) for x in features), strict=True)

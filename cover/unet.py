@@ -1,7 +1,8 @@
 """The plain U-Net of the paper, in 2D and 3D, which returns the feature maps of its decoder."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +24,49 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(max(g for g in range(1, 9) if channels % g == 0 and (g == 1 or channels >= 4 * g)), channels)
 
 
-def _blocks(d: int, in_channels: int, out_channels: int) -> nn.Sequential:
-    """Twice convolution (3 voxels wide), GroupNorm and LeakyReLU."""
-    layers = []
-    for channels in (in_channels, out_channels):
-        # a bias would be removed again by the normalisation
-        convolution = CONV[d](channels, out_channels, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(convolution.weight, a=0.01, nonlinearity="leaky_relu")
-        # in place: the backward of neither neighbour needs what is overwritten
-        layers += [convolution, group_norm(out_channels), nn.LeakyReLU(0.01, inplace=True)]
-    return nn.Sequential(*layers)
+class Stage(nn.Sequential):
+    """Twice convolution (3 voxels wide), GroupNorm and LeakyReLU, of the map that `prepare` makes of the maps given.
+
+    recompute: keep for the backward what the convolutions give, and make anew what lies between them.
+    """
+
+    def __init__(self, d: int, in_channels: int, out_channels: int, prepare: Callable[..., Tensor]):
+        layers = []
+        for channels in (in_channels, out_channels):
+            # a bias would be removed again by the normalisation
+            convolution = CONV[d](channels, out_channels, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(convolution.weight, a=0.01, nonlinearity="leaky_relu")
+            # in place: the backward of neither neighbour needs what is overwritten
+            layers += [convolution, group_norm(out_channels), nn.LeakyReLU(0.01, inplace=True)]
+        super().__init__(*layers)
+        self.prepare = prepare
+        self.recompute = False
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        first, norm, activation, second, last_norm, last_activation = self
+        # a convolution at the end does not run again: its input is all that its backward wants
+        x = again(self.recompute, lambda *maps: first(self.prepare(*maps)), *maps)
+        x = again(self.recompute, lambda x: second(activation(norm(x))), x)
+        return last_activation(last_norm(x))
+
+
+def again(recompute: bool, function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+    """`function(*maps)`, of which the backward keeps nothing but `maps` where it may run the function again."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, *maps, use_reentrant=False)
+    return function(*maps)
+
+
+def _given(x: Tensor) -> Tensor:
+    return x
+
+
+def _pool(d: int, stride: list[int], x: Tensor) -> Tensor:
+    return _MAX_POOL[d](x, stride)
+
+
+def _join(d: int, stride: list[int], skip: Tensor, coarse: Tensor) -> Tensor:
+    return torch.cat((skip, F.interpolate(coarse, scale_factor=stride, mode=LINEAR[d])), dim=1)
 
 
 class UNet(nn.Module):
@@ -48,7 +82,8 @@ class UNet(nn.Module):
     Attributes:
         channels: features of the maps that `forward` returns, coarse to fine.
         strides: their strides to the input, one tuple of d ints per map, coarse to fine.
-        recompute: keep the output of each stage only, and run it again in the backward.
+        recompute: what the backward makes anew, to keep less: "off"; "norms", all between the convolutions; "stages",
+            all inside of a stage.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -73,14 +108,19 @@ class UNet(nn.Module):
         if len(strides) != len(channels) - 1:
             raise ValueError(f"UNet: `strides` must have {len(channels) - 1} entries, got {tuple(strides)}")
         self.d = d
-        self.recompute = False
-        self.pooling = [per_axis("UNet", "strides", stride, d) for stride in strides]
-        self.encoder = nn.ModuleList(_blocks(d, i, o) for i, o in itertools.pairwise((in_channels, *channels)))
+        self.recompute = "off"
+        pooling = [per_axis("UNet", "strides", stride, d) for stride in strides]
+        before = [_given, *(partial(_pool, d, stride) for stride in pooling)]
+        self.encoder = nn.ModuleList(
+            Stage(d, i, o, prepare)
+            for (i, o), prepare in zip(itertools.pairwise((in_channels, *channels)), before, strict=True)
+        )
         self.decoder = nn.ModuleList(
-            _blocks(d, fine + coarse, fine) for coarse, fine in itertools.pairwise(reversed(channels))
+            Stage(d, fine + coarse, fine, partial(_join, d, stride))
+            for (coarse, fine), stride in zip(itertools.pairwise(reversed(channels)), reversed(pooling), strict=True)
         )
         to_input = itertools.accumulate(
-            self.pooling, lambda s, t: [i * j for i, j in zip(s, t, strict=True)], initial=[1] * d
+            pooling, lambda s, t: [i * j for i, j in zip(s, t, strict=True)], initial=[1] * d
         )
         self.channels = tuple(reversed(channels))
         self.strides = tuple(tuple(stride) for stride in reversed(list(to_input)))
@@ -101,22 +141,14 @@ class UNet(nn.Module):
             raise ValueError(
                 f"UNet: `x` must be [B, in_channels, *S], S a multiple of {self.strides[0]}, got {list(x.shape)}"
             )
-        skips = [self._stage(self.encoder[0], x)]
-        for blocks, stride in zip(self.encoder[1:], self.pooling, strict=True):
-            skips.append(self._stage(self._down, blocks, stride, skips[-1]))
+        for stage in (*self.encoder, *self.decoder):
+            stage.recompute = self.recompute != "off"
+        whole = self.recompute == "stages"
+        skips = []
+        for stage in self.encoder:
+            x = again(whole, stage, x)
+            skips.append(x)
         features = [skips.pop()]
-        for blocks, stride in zip(self.decoder, reversed(self.pooling), strict=True):
-            features.append(self._stage(self._up, blocks, stride, skips.pop(), features[-1]))
+        for stage in self.decoder:
+            features.append(again(whole, stage, skips.pop(), features[-1]))
         return features
-
-    def _stage(self, function, *arguments) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(function, *arguments, use_reentrant=False)
-        return function(*arguments)
-
-    def _down(self, blocks: nn.Module, stride: list[int], x: Tensor) -> Tensor:
-        return blocks(_MAX_POOL[self.d](x, stride))
-
-    def _up(self, blocks: nn.Module, stride: list[int], skip: Tensor, coarse: Tensor) -> Tensor:
-        up = F.interpolate(coarse, scale_factor=stride, mode=LINEAR[self.d])
-        return blocks(torch.cat((skip, up), dim=1))

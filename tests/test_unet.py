@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cover.unet import UNet, group_norm
 
@@ -68,6 +69,30 @@ def test_every_map_depends_on_every_coarser_level_and_on_the_skip():
     unet = UNet(3, 1, (4, 4, 4))
     unet(torch.randn(1, 1, 8, 8, 8))[-1].square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in unet.parameters())
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts those that run forward."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.convolution.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_is_computed_again_keeps_the_bits_and_norms_cost_no_convolution():
+    torch.manual_seed(0)
+    unet, x = UNet(3, 1, (4, 8, 8)), torch.randn(2, 1, 8, 8, 12)
+    gradients, convolutions = {}, {}
+    for unet.recompute in ("off", "norms", "stages"):
+        unet.zero_grad()
+        with Convolutions() as convolutions[unet.recompute]:
+            sum(features.square().sum() for features in unet(x)).backward()
+        gradients[unet.recompute] = [parameter.grad for parameter in unet.parameters()]
+    torch.testing.assert_close(gradients["norms"], gradients["off"], rtol=0, atol=0)
+    torch.testing.assert_close(gradients["stages"], gradients["off"], rtol=0, atol=0)
+    assert convolutions["norms"].count == convolutions["off"].count == 10 < convolutions["stages"].count
 
 
 def test_runs_in_float64():
