@@ -6,7 +6,6 @@ backbone's forward and backward of the two views; both run in turn, and what cou
 
 import contextlib
 import time
-from unittest import mock
 
 import eager
 import numpy as np
@@ -25,15 +24,6 @@ from cover_kernels.problems import BOTH, FORWARD, Work
 def pytest_generate_tests(metafunc):
     networks = NETWORKS[metafunc.config.getoption("form")]
     metafunc.parametrize("network", networks, ids=lambda network: str(network).replace(" ", "_"), scope="module")
-
-
-@contextlib.contextmanager
-def by_hand():
-    """Within the block, the model and its losses call the eager operators."""
-    with contextlib.ExitStack() as stack:
-        for module, names in (("cover.pyramid", ("veu", "warp", "compose")), ("cover.losses", ("warp",))):
-            stack.enter_context(mock.patch.multiple(module, **{name: getattr(eager, name) for name in names}))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +50,7 @@ def test_pyramid(network, which, who, trainer, device, timed):
         return model.pyramid(leaves[: 2 * len(maps) : 2], leaves[1 : 2 * len(maps) : 2])[-1]
 
     def peer(*leaves):
-        with by_hand():
+        with eager.by_hand():
             return ours(*leaves)
 
     with torch.no_grad():
@@ -80,11 +70,11 @@ def test_training_step(network, who, form, trainer, device, timed, left_out):
     grads = [torch.ones_like(features) for features in backbone(x)]
 
     def bare():
-        backbone.zero_grad()
         torch.autograd.backward(backbone(x), grads)
+        backbone.zero_grad()
 
     def step():
-        with by_hand() if who == "eager" else contextlib.nullcontext():
+        with eager.by_hand() if who == "eager" else contextlib.nullcontext():
             trainer.train_step(batch)
 
     bare, alone = synchronised(bare, device), []

@@ -3,8 +3,10 @@
 Signatures and conventions are those of `cover_kernels`. What does not depend on the tensors' values is made once.
 """
 
+import contextlib
 from functools import lru_cache
 from itertools import product as combinations
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -100,3 +102,12 @@ def compose_chain(flow, residual, stride=1):
     stride = tuple(map(float, per_axis("compose", "stride", stride, len(S))))
     position = identity(S, flow.device, residual.dtype) + residual
     return residual + sample(upsample(flow, stride), position, "border")
+
+
+@contextlib.contextmanager
+def by_hand():
+    """Within the block, the model and its losses call the eager operators."""
+    with contextlib.ExitStack() as stack:
+        for module, names in (("cover.pyramid", ("veu", "warp", "compose")), ("cover.losses", ("warp",))):
+            stack.enter_context(mock.patch.multiple(module, **{name: globals()[name] for name in names}))
+        yield

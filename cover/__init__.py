@@ -4,7 +4,8 @@ from cover.checkpoint import load_backbone, load_model
 from cover.data import check
 from cover.evaluation import evaluate
 from cover.figures import visualize
+from cover.memory import plan
 from cover.trainer import pretrain
 from cover_kernels import __version__
 
-__all__ = ["__version__", "check", "evaluate", "load_backbone", "load_model", "pretrain", "visualize"]
+__all__ = ["__version__", "check", "evaluate", "load_backbone", "load_model", "plan", "pretrain", "visualize"]

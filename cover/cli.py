@@ -1,4 +1,4 @@
-"""The command `cover`: pretrain, evaluate, visualize, check and presets."""
+"""The command `cover`: pretrain, evaluate, visualize, plan, check and presets."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cover import config, processes
+from cover import config, memory, processes
 from cover.data import DataError, check
 from cover.evaluation import evaluate
 from cover.figures import visualize
@@ -26,8 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 done; 1 the run failed, or the check found problems; 2 what was asked for is impossible;
-        128 + n stopped at signal n; a run that was training is saved, unless it was asked twice.
+        The exit code: 0 done; 1 the run failed, the check found problems, or what was planned does not fit; 2 what was
+        asked for is impossible; 128 + n stopped at signal n; a run that was training is saved, unless it was asked
+        twice.
     """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
@@ -83,6 +84,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("image", metavar="IMAGE", help="an image or volume")
     sub.add_argument("--out", metavar="FILE", help="the figure, .png or .pdf (default: <image>.png in RUN/figures)")
 
+    sub = command(plan_command, "Predict the peak memory of training, before any: what takes how much.")
+    sub.add_argument("--preset", metavar="P", help=f"one of {', '.join(PRESETS)}")
+    sub.add_argument("--memory", metavar="SIZE", help="what there is, such as 24GiB: adds the largest crop that fits")
+
     sub = command(check_command, "Look at every file of a data set and say what cannot be used.")
     sub.add_argument("data", metavar="DATA", help="folder, image, or CSV, JSON or text manifest")
     sub.add_argument("--preset", metavar="P", help=f"one of {', '.join(PRESETS)}")
@@ -129,6 +134,9 @@ def pretrain_command(options: argparse.Namespace) -> int:
         settings = run_config(out, options.preset, options.resume or processes.restarted(), options.settings)
     if options.nproc is not None:
         return launch(options)
+    if settings.train.check_memory:
+        with user_errors():
+            memory.require(settings)
     with processes.group(settings.train.device):
         with user_errors():
             trainer = Trainer(settings, options.data, out, options.val)
@@ -172,6 +180,13 @@ def visualize_command(options: argparse.Namespace) -> int:
         path = visualize(options.run, options.image, options.out, **options.settings)
     print(path)
     return 0
+
+
+def plan_command(options: argparse.Namespace) -> int:
+    with user_errors():
+        found = memory.plan(options.preset, options.memory, **options.settings)
+    print(found)
+    return 0 if found.fits else 1
 
 
 def check_command(options: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ is evaluated without interpolating any field, and is zero bit for bit where the 
 
 import functools
 import math
+from collections.abc import Sequence
 from itertools import combinations
 
 import torch
@@ -27,6 +28,11 @@ from cover.rng import Draws
 def _spline_weights(x: Tensor) -> Tensor:
     """The four cubic B-spline weights at the fraction `x` [n] of a knot interval, [4, n]."""
     return torch.stack([(1 - x) ** 3, 3 * x**3 - 6 * x**2 + 4, -3 * x**3 + 3 * x**2 + 3 * x + 1, x**3]) / 6
+
+
+def constant(values: Sequence[float], like: Tensor) -> Tensor:
+    """A few numbers as a tensor [n], dtype and device of `like`: filled there, for a copy would wait for the device."""
+    return torch.stack([like.new_full((), value) for value in values])
 
 
 class RandomDVF:
@@ -125,7 +131,8 @@ class RandomDVF:
         # elementwise products for the same reason as in _spline: [B, d] times [B, 1, ...], column by column
         columns = matrix.float().view(*matrix.shape, *[1] * d).unbind(2)
         control = sum(column * u.unsqueeze(1) for column, u in zip(columns, control.unbind(1), strict=True))
-        shift = c.translation * torch.tensor(self.crop, device=device) * draws.uniform("translation", d, low=-1)
+        moved = draws.uniform("translation", d, low=-1)
+        shift = c.translation * constant(self.crop, moved) * moved
         affine = shift.view(-1, d, *[1] * d)
         moves = (matrix - torch.eye(d, device=device)).float().view(*matrix.shape, *[1] * d).unbind(2)
         for i, (move, position) in enumerate(zip(moves, axes, strict=True)):

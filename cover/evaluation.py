@@ -115,7 +115,8 @@ def held_out_batches(
     `warn` is told of every image that can no longer be read, and for which another one stands in.
     """
     keys = held_out_keys(len(images), samples)[processes.rank() :: processes.count()]
-    batches = [keys[k : k + config.train.batch] for k in range(0, len(keys), config.train.batch)]
+    size = config.train.batch // config.train.accumulate  # what a step of training holds at a time
+    batches = [keys[k : k + size] for k in range(0, len(keys), size)]
     dataset = PretrainDataset(images, config.data, margin, HELD_OUT_SEED)
     with contextlib.closing(batches_of(dataset, batches, config.data.workers)) as loaded:
         for batch in loaded:

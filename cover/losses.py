@@ -64,6 +64,13 @@ def epe(predicted: Tensor, flow: Tensor, mask: Tensor) -> Tensor:
     return torch.linalg.vector_norm(predicted - flow, dim=1, keepdim=True)[mask]
 
 
+def mean_epe(predicted: Tensor, flow: Tensor, mask: Tensor) -> Tensor:
+    """The mean of `epe`, a scalar, 0 for an empty mask; unlike the errors themselves its shape is known beforehand."""
+    _check("mean_epe", ("predicted", "flow"), predicted, flow, mask)
+    errors = torch.linalg.vector_norm(predicted - flow, dim=1, keepdim=True)
+    return _masked_mean(errors.masked_fill_(~mask, 0), mask)
+
+
 @torch.no_grad()
 def feature_variance(features: Tensor) -> Tensor:
     """How far the features [B, C, *S] are from collapse: 0 when all voxels share one direction, 1 when all differ.

@@ -215,7 +215,7 @@ class VectorPyramid(nn.Module):
             mask = None
             if real != S:
                 mask = torch.zeros((len(a), 1, *S), dtype=torch.bool, device=a.device)
-                mask[(..., *map(slice, real))] = True
+                mask[(..., *map(slice, real))].fill_(True)
             b, a = mov.project(b), mov.project(a)
             if not flows:
                 flow = mov(b, a, mask)

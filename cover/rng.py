@@ -36,12 +36,12 @@ def _mix(x: Tensor) -> Tensor:
 
 
 @cache
-def _normal_table() -> Tensor:
-    """Quantiles of the normal distribution, 2^16 steps of equal probability and their end, float32, on the CPU."""
+def _normal_table(device: torch.device) -> Tensor:
+    """Quantiles of the normal distribution, 2^16 steps of equal probability and their end, float32; made on the CPU."""
     steps = 2**_TABLE_BITS
     # the ends would be infinite: they take the median of the outermost half step, 4.5 standard deviations
     probability = (torch.arange(steps + 1, dtype=torch.float64) / steps).clamp(0.25 / steps, 1 - 0.25 / steps)
-    return torch.special.ndtri(probability).float()
+    return torch.special.ndtri(probability).float().to(device)
 
 
 class Draws:
@@ -89,7 +89,7 @@ class Draws:
         Interpolated in a table of quantiles: logarithm and cosine differ in their last bit between devices.
         """
         bits = self._bits(name, shape)
-        table = _normal_table().to(bits.device)
+        table = _normal_table(bits.device)
         step = _shift(bits, 64 - _TABLE_BITS)
         within = _shift(bits << _TABLE_BITS, 40).float().mul_(2.0**-24)
         low = table[step]

@@ -14,20 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from cover import checkpoint, config, processes
+from cover import checkpoint, config, memory, processes, sharding
 from cover.config import Config
 from cover.data import BatchSampler, ImageSet, PretrainDataset, batches_of, open_images, splits
-from cover.evaluation import Evaluation, device_of, measure
+from cover.evaluation import Evaluation, measure
+from cover.learner import Learner
 from cover.log import NoLog, RunInUse, RunLog, lock
-from cover.losses import consistency_loss, epe, feature_variance, vector_loss
-from cover.model import COVER, at_input, build_model
+from cover.model import COVER, build_model
 from cover.presets import preset_config
 from cover.process import Interrupted, StopSignals, peak_memory
-from cover.rng import Draws
-from cover.views import ViewMaker, Views, fit_to_reach, reachable_fraction
 from cover_kernels import __version__
 from cover_kernels.backends import choose
 
@@ -36,10 +33,11 @@ from cover_kernels.backends import choose
 # 0.02 within a hundred steps, but runs that learn go through 0.02 as well
 COLLAPSE_STEPS, COLLAPSE_VARIANCE, COLLAPSE_ERROR = 50, 0.05, 0.9
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 # settings that may differ when a run is resumed: none of them changes the weights or the records
-_FREE = {"workers", "device", "cache", "store", "tensorboard", "log_every", "checkpoint_every", "keep", "keep_every"}
+_FREE = {
+    *("workers", "device", "compile", "shard", "check_memory", "cache", "store", "tensorboard"),
+    *("log_every", "checkpoint_every", "keep", "keep_every"),
+}
 
 
 class WriteError(RuntimeError):
@@ -77,12 +75,15 @@ def pretrain(
 
     Raises:
         FileExistsError: `out` holds a run already and `resume` is False. FileNotFoundError: no such data.
-        ValueError: a setting or the data cannot be used; the message names it. NonFiniteLoss, WriteError: see there.
+        ValueError: a setting or the data cannot be used, the message names it; `memory.DoesNotFit` among them, where a
+            step would need more memory than there is. NonFiniteLoss, WriteError: see there.
         Interrupted: Ctrl-C, SIGTERM or SIGUSR1 came; the run is saved and can be resumed.
     """
-    with processes.group(settings.get("device", "auto")):
-        resume = resume or processes.restarted()
-        return Trainer(run_config(Path(out), preset, resume, settings), data, out, val, build).run()
+    wanted = run_config(Path(out), preset, resume or processes.restarted(), settings)
+    if wanted.train.check_memory:
+        memory.require(wanted, build)
+    with processes.group(wanted.train.device):
+        return Trainer(wanted, data, out, val, build).run()
 
 
 def run_config(out: Path, preset: str | None, resume: bool, settings: dict[str, Any]) -> Config:
@@ -112,7 +113,7 @@ def run_config(out: Path, preset: str | None, resume: bool, settings: dict[str, 
     return config.replace(stored, **{name: wanted[name] for name in _FREE & set(settings)})
 
 
-class Trainer:
+class Trainer(Learner):
     """One run. A variant overrides the method that it does differently.
 
     Args:
@@ -128,24 +129,17 @@ class Trainer:
         val: Any = None,
         build: Callable[[Config], COVER] = build_model,
     ):
-        self.config = settings
         self.out = Path(out)
         self.found = self.what_is_there()
         self.step = 0  # steps done
         self.seen = 0  # images, in all processes
         self.recent = deque(maxlen=COLLAPSE_STEPS)  # (feature_variance, epe, epe_zero) of the last steps
         self.collapsed = self.empty = False  # whether it has been said
-        self.device = device_of(settings)
+        torch.manual_seed(settings.train.seed)
+        super().__init__(settings, build)
         with processes.one_after_the_other():  # they share the cache
             self.images, self.held_out = self.open_data(data, val)
-        torch.manual_seed(settings.train.seed)
-        self.model = build(settings).to(self.device)
-        self.model.recompute(settings.train.recompute)
-        self.views = self.build_views()
-        self.optimiser = self.build_optimiser()
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.train.precision == "fp16")
         self.restore()
-        self.network = DistributedDataParallel(self.model) if processes.count() > 1 else self.model
 
     # Setting up
 
@@ -161,18 +155,6 @@ class Trainer:
             return images, open_images(data, c, "val", cache)
         images, held_out = images.split(c.val_fraction, self.config.train.seed)
         return images, held_out if len(held_out) else None
-
-    def build_views(self) -> ViewMaker:
-        """The maker of view pairs, its displacements fitted to what the pyramid can express."""
-        dvf = fit_to_reach(self.config.dvf, self.config.data.crop, self.model.pyramid.reach)
-        return ViewMaker(dvf, self.config.appearance, self.config.data.crop)
-
-    def build_optimiser(self) -> torch.optim.Optimizer:
-        c, parameters = self.config.train, self.model.parameters()
-        if c.optimiser == "sgd":
-            return torch.optim.SGD(parameters, c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[c.optimiser]
-        return kind(parameters, c.lr, weight_decay=c.weight_decay)
 
     # The run
 
@@ -273,77 +255,17 @@ class Trainer:
 
     def train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
         """One step of the optimiser; returns its metrics. NonFiniteLoss leaves the weights as they were."""
-        c = self.config.train
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        self.optimiser.zero_grad()
-        metrics = self.backward(self.make_views(batch))
-        self.scaler.unscale_(self.optimiser)
-        metrics["gradient_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip or math.inf)
+        metrics = self.gradients(batch)
         # one transfer from the device for all of them
         metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
         # with its loss scaled, an infinite gradient skips the step and lowers the scale
         finite = [metrics["loss"], *([] if self.scaler.is_enabled() else [metrics["gradient_norm"]])]
         if not all(map(math.isfinite, finite)):
             self.fail(batch, metrics)
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
+        self.update()
         return metrics | {"lr": self.learning_rate(self.step)}
-
-    def backward(self, views: Views) -> dict[str, Tensor]:
-        """Gradients of the mean over all voxels of the mask, in all parts and processes; the metrics likewise."""
-        c = self.config.train
-        voxels = processes.total(views.mask.sum())
-        sums: dict[str, Tensor] = {}
-        parts = [Views(*tensors) for tensors in zip(*(x.chunk(c.accumulate) for x in views), strict=True)]
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            # processes need to agree on the gradient once
-            with self.network.no_sync() if not last and processes.count() > 1 else contextlib.nullcontext():
-                with torch.autocast(self.device.type, PRECISIONS[c.precision], enabled=c.precision != "fp32"):
-                    loss, metrics = self.loss(part)
-                share = part.mask.sum() / voxels.clamp(min=1)
-                # processes take the mean of their gradients, not the sum
-                self.scaler.scale(loss * (share * processes.count())).backward()
-            for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0) + torch.where(share > 0, share * value.detach().float(), 0)
-        sums = dict(zip(sums, processes.total(torch.stack(list(sums.values()))).unbind(), strict=True))
-        return sums | {"mask_fraction": voxels / (views.mask.numel() * processes.count())}
-
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: all the state of the schedule is the step."""
-        c = self.config.train
-        warmup = c.warmup * c.steps
-        if c.schedule == "constant":
-            return c.lr
-        if step < warmup:
-            return c.lr * (step + 1) / (warmup + 1)
-        return c.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (c.steps - warmup)))
-
-    def make_views(self, batch: dict[str, Tensor]) -> Views:
-        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-        return self.views(batch, Draws(self.config.train.seed, batch["epoch"], batch["index"], self.device))
-
-    def loss(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
-        """L = L_vec + L_con with their factors, and the metrics of these views: scalars, means over their mask."""
-        c = self.config.train
-        a, b, flow, mask = views
-        prediction = self.network(a, b)
-        stride = self.model.backbone.strides[-1]
-        finest_a, finest_b = (
-            at_input(maps[-1], stride, flow.shape[2:]) for maps in (prediction.features_a, prediction.features_b)
-        )
-        vector = vector_loss(prediction.flow, flow, mask)
-        consistency = consistency_loss(finest_b, finest_a, flow, mask)
-        metrics = {
-            "vector_loss": vector,
-            "consistency_loss": consistency,
-            "epe": epe(prediction.flow.detach(), flow, mask).mean(),
-            "epe_zero": epe(torch.zeros_like(flow), flow, mask).mean(),
-            "feature_variance": feature_variance(finest_b),
-            "reachable_fraction": reachable_fraction(flow, mask, self.model.pyramid.reach),
-        }
-        return c.vector_weight * vector + c.consistency_weight * consistency, metrics
 
     def report(self, metrics: dict[str, float], waited: float, elapsed: float) -> None:
         """Record the metrics of the step that was just done, which took `elapsed` seconds."""
@@ -383,18 +305,19 @@ class Trainer:
         """Evaluate on the held-out images, always under the same transforms."""
         if self.held_out is None:
             return None
-        result = measure(
-            self.model, self.held_out, self.views, self.config, self.config.train.val_samples, self.log.message
-        )
+        samples = self.config.train.val_samples
+        with sharding.whole(self.model):
+            result = measure(self.model, self.held_out, self.views, self.config, samples, self.log.message)
         self.log.record("val", self.step, result.as_record())
         self.log.message(f"validation after step {self.step}:\n{result}")
         return result
 
     def finish(self) -> None:
         """Leave the backbone by itself, for fine-tuning."""
+        weights = sharding.gathered(self.model.backbone.state_dict())
         if processes.rank() > 0:
             return
-        content = {"config": config.to_dict(self.config), "backbone": self.model.backbone.state_dict()}
+        content = {"config": config.to_dict(self.config), "backbone": weights}
         checkpoint.save(self.out / "backbone.pt", content)
         self.log.message(f"done: {self.out / 'backbone.pt'}, {checkpoint.find(self.out)}")
 
@@ -415,10 +338,11 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint, from which the run goes on bit for bit."""
+        state = sharding.gathered(self.state())
         if processes.rank() > 0:
             return
         self.log.sync()
-        checkpoint.save(checkpoint.path_of(self.out, self.step), self.state())
+        checkpoint.save(checkpoint.path_of(self.out, self.step), state)
         checkpoint.prune(self.out, self.config.train.keep, self.config.train.keep_every)
 
     def state(self) -> dict[str, Any]:
@@ -455,8 +379,7 @@ class Trainer:
             if state[name] != fingerprint(images):
                 raise ValueError(f"pretrain: these are not the images that the run in {self.out} was {what} on")
         self.step, self.seen = state["step"], state["seen"]
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        sharding.load(self.model, self.optimiser, state["model"], state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["generators"]["cpu"])
         if self.device.type == "cuda" and state["generators"]["cuda"]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cover.appearance import Appearance
 from cover.config import AppearanceConfig, DVFConfig
-from cover.dvf import RandomDVF
+from cover.dvf import RandomDVF, constant
 from cover.rng import Draws
 
 # fit_to_reach: sample fields, points per axis and halvings; the share is then known to about one percent
@@ -113,9 +113,9 @@ class ViewMaker:
                 f"ViewMaker: `draws` must be those of the {len(image)} samples of `image`, got {len(flow)}"
             )
         axes = [torch.arange(size, dtype=flow.dtype, device=flow.device) for size in self.crop]
-        margin = torch.tensor([self.margin], dtype=flow.dtype, device=flow.device)
+        margin = constant(self.margin, flow)[None]
         position = _add_identity(flow, axes)
-        last = torch.tensor([self.crop], dtype=flow.dtype, device=flow.device) - 1
+        last = constant(self.crop, flow)[None] - 1
         mask = _inside(position, (extent[..., 0] - margin).clamp(min=0), torch.minimum(extent[..., 1] - margin, last))
         views = {
             "a": image[(..., *(slice(m, m + size) for m, size in zip(self.margin, self.crop, strict=True)))],
@@ -137,7 +137,7 @@ def reachable_fraction(flow: Tensor, mask: Tensor, reach: tuple[float, ...]) -> 
     Returns:
         float32 scalar; 1 for an empty mask, where nothing is out of reach.
     """
-    limit = torch.tensor(reach, dtype=flow.dtype, device=flow.device).view(1, -1, *[1] * (flow.dim() - 2))
+    limit = constant(reach, flow).view(-1, *[1] * (flow.dim() - 2))
     within = (flow.abs() <= limit).all(1, keepdim=True) & mask
     count = mask.sum()
     return torch.where(count == 0, 1.0, within.sum() / count)

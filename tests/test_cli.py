@@ -30,7 +30,7 @@ def run(data):
     return out
 
 
-@pytest.mark.parametrize("command", ["pretrain", "evaluate", "visualize", "check"])
+@pytest.mark.parametrize("command", ["pretrain", "evaluate", "visualize", "plan", "check"])
 def test_every_command_is_a_function_of_the_package(command):
     assert inspect.isfunction(getattr(cover, command))
     assert importlib.util.find_spec(f"cover.{command}") is None  # a module of that name would take its place

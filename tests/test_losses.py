@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cover.losses import consistency_loss, epe, feature_variance, vector_loss
+from cover.losses import consistency_loss, epe, feature_variance, mean_epe, vector_loss
 
 SHAPES = [(7, 5), (4, 5, 3)]
 
@@ -61,6 +61,7 @@ def test_an_empty_mask_gives_zero_and_zero_gradients(S, dtype):
     for gradient in torch.autograd.grad(loss, (b, a, predicted)):
         assert torch.equal(gradient, torch.zeros_like(gradient))
     assert epe(predicted, flow, empty).shape == (0,)
+    assert mean_epe(predicted, flow, empty) == 0
 
 
 def test_what_lies_outside_the_mask_does_not_matter_even_if_it_is_nan():
@@ -103,6 +104,7 @@ def test_epe_is_the_length_of_the_error_of_each_masked_voxel():
     predicted = torch.tensor([[3.0, 0, 1], [4.0, 0, 0]]).view(1, 2, 1, 3)
     mask = torch.tensor([True, True, False]).view(1, 1, 1, 3)
     assert epe(predicted, flow, mask).tolist() == [5, 0]
+    assert mean_epe(predicted, flow, mask) == 2.5
 
 
 @settings(max_examples=25, deadline=None)

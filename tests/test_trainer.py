@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 from tiny import SETTINGS, volumes
+from torch.utils._pytree import tree_map
 
-from cover import checkpoint, log, pretrain
+from cover import checkpoint, log, pretrain, sharding
 from cover.config import Config, replace
 from cover.data import DataError, open_images
 from cover.evaluation import held_out_batches
@@ -123,9 +124,25 @@ def test_what_saves_memory_changes_no_more_than_the_rounding(data, tmp_path, set
             assert a[name] == pytest.approx(b[name], rel=1e-3), name
 
 
-def test_recomputing_the_stages_changes_no_bit(data, tmp_path):
-    runs = [pretrain(data, out=tmp_path / what, **SETTINGS, recompute=what) for what in ("off", "stages")]
-    assert_same(weights(runs[0]), weights(runs[1]))
+def test_recomputing_changes_no_bit(data, tmp_path):
+    off, *others = (
+        weights(pretrain(data, out=tmp_path / what, **SETTINGS, recompute=what)) for what in ("off", "norms", "stages")
+    )
+    for other in others:
+        assert_same(other, off)
+
+
+def test_a_state_lies_in_memory_as_its_parameter_does_whatever_was_saved(data, tmp_path):
+    trainer = Trainer(replace(Config(), **SETTINGS, val_fraction=0.0), data, tmp_path / "run")
+    trainer.run()
+    state = trainer.optimiser.state_dict()
+    contiguous = tree_map(lambda x: x.contiguous() if isinstance(x, torch.Tensor) else x, state)
+    sharding.load(trainer.model, trainer.optimiser, trainer.model.state_dict(), contiguous)
+    values = trainer.optimiser.state.items()
+    # a fused optimiser walks through parameter and state side by side
+    assert all(x.stride() == p.stride() for p, s in values for x in s.values() if x.dim())
+    assert any(not p.is_contiguous() for p, _ in values)
+    assert_same(trainer.optimiser.state_dict()["state"], state["state"])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -16,6 +16,7 @@ SETTINGS = dict(
     log_every=1,
     checkpoint_every=2,
     device="cpu",
+    check_memory=False,  # test_memory.py does: it takes longer than such a run
 )
 
 
