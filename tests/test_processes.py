@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import SETTINGS, as_words, volumes
+from torch.utils._pytree import tree_map
 
-from cover import checkpoint, log
+from cover import checkpoint, load_backbone, log
 from cover.data import BatchSampler
 
 RUN = SETTINGS | dict(steps=20, checkpoint_every=5, keep=9, log_every=5, val_fraction=0.3)
@@ -46,6 +47,14 @@ def two(data, tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="module")
+def shares(data, tmp_path_factory):
+    """The same run with shares instead of replicas."""
+    run = tmp_path_factory.mktemp("shares") / "run"
+    finish(start(data, run, "--nproc", 2, shard=True, recompute="norms"))
+    return run
+
+
 # differ with the machine's load, or (feature_variance, a deviation within each part of the batch) with the parts
 DIFFER = {"kind", "data_wait", "samples_per_second", "peak_memory_mb", "gradient_norm", "feature_variance"}
 
@@ -64,9 +73,24 @@ def test_two_processes_train_like_one_with_twice_the_batch(data, two, tmp_path):
     assert_close(two, tmp_path / "one")
 
 
+def test_shares_train_like_replicas(two, shares):
+    assert_close(shares, two)
+    whole, of_replicas = (checkpoint.load(checkpoint.find(run)) for run in (shares, two))
+    for state in ("model", "optimiser"):
+        assert layout(whole[state]) == layout(of_replicas[state])
+    backbones = [load_backbone(run / "backbone.pt").state_dict() for run in (shares, two)]
+    torch.testing.assert_close(*backbones, rtol=1e-3, atol=1e-4)
+
+
+def layout(state):
+    """The state with the shapes of its tensors in their places."""
+    return tree_map(lambda x: (type(x), list(x.shape)) if isinstance(x, torch.Tensor) else x, state)
+
+
 @pytest.mark.parametrize("nproc", [1, 3])
-def test_a_run_of_two_processes_goes_on_with_any_number(data, two, tmp_path, nproc):
-    run = shutil.copytree(two, tmp_path / "run")
+@pytest.mark.parametrize("which", ["two", "shares"])
+def test_a_run_of_two_processes_goes_on_with_any_number(data, which, tmp_path, nproc, request):
+    run = shutil.copytree(request.getfixturevalue(which), tmp_path / "run")
     for path in checkpoint.all_of(run)[1:]:
         path.unlink()
     output = finish(start(data, run, "--resume", *(["--nproc", nproc] if nproc > 1 else [])))
