@@ -115,13 +115,13 @@ def plan(
 
 def require(settings: Config, build: Callable[[Config], COVER] = build_model) -> None:
     """Raise DoesNotFit where training with these settings needs more memory than its device has to give now."""
+    memory = available(device_of(settings))
     try:
         found = predict(settings, build)
     except Exception as error:  # a backbone of one's own may do what tensors without storage cannot
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(f"the memory of a step cannot be predicted ({reason}), nor whether it fits", stacklevel=3)
         return
-    memory = available(device_of(settings))
     if found.peak > memory:
         found = dataclasses.replace(found, memory=memory, crop=largest_crop(settings, memory, build))
         raise DoesNotFit(
