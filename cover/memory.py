@@ -36,7 +36,6 @@ from cover.views import Views
 # read from the disk when it first runs, and code that oneDNN generates
 _LIBRARIES = 60 * 2**20
 
-
 # glibc's malloc gives blocks below this size back only from the end of its heap: what has been freed between them stays
 # with the process. It was a quarter to a half of what lived in such blocks: docs/training.md
 _HEAP, _HOLES = 32 * 2**20, 0.3
@@ -133,11 +132,14 @@ def require(settings: Config, build: Callable[[Config], COVER] = build_model) ->
 def predict(settings: Config, build: Callable[[Config], COVER] = build_model) -> Plan:
     """The plan of a run with these settings, its memory not being compared with anything."""
     parts, during = Rehearsal(settings, build).peak()
+    return Plan(settings, before(settings) | parts, during)
+
+
+def before(settings: Config) -> dict[str, int]:
+    """What is taken whatever the size of a step."""
     device = device_of(settings)
-    before = {"process, before it trains": taken(device)}
-    if device.type == "cpu":
-        before["libraries that training loads"] = _LIBRARIES
-    return Plan(settings, before | parts, during)
+    process = {"process, before it trains": taken(device)}
+    return process | {"libraries that training loads": _LIBRARIES} if device.type == "cpu" else process
 
 
 def largest_crop(
@@ -145,6 +147,7 @@ def largest_crop(
 ) -> tuple[int, ...] | None:
     """The largest crop of the settings' shape, up to rounding to the coarsest stride, that trains in `memory` bytes."""
     stride = Rehearsal(settings, build).model.backbone.strides[0]
+    left = memory - sum(before(settings).values())
     cells = [size / s for size, s in zip(settings.data.crop, stride, strict=True)]
 
     def crop(n: int) -> tuple[int, ...]:
@@ -154,7 +157,7 @@ def largest_crop(
     def fits(n: int) -> bool:
         if prod(crop(n)) > settings.data.max_voxels:
             return False
-        return predict(config.replace(settings, crop=crop(n)), build).peak <= memory
+        return sum(Rehearsal(config.replace(settings, crop=crop(n)), build).peak()[0].values()) <= left
 
     low, high = 0, max(1, round(max(cells)))
     while fits(high):
@@ -170,6 +173,7 @@ class Rehearsal(Learner):
 
     def __init__(self, settings: Config, build: Callable[[Config], COVER] = build_model):
         self.nowhere = FakeTensorMode(allow_non_fake_inputs=True)
+        self.on_cpu = device_of(settings).type == "cpu"
         super().__init__(config.replace(settings, device="cpu", compile="off"), build)
 
     def build_model(self, build: Callable[[Config], COVER]) -> COVER:
@@ -199,7 +203,7 @@ class Rehearsal(Learner):
     def peak(self) -> tuple[dict[str, int], str]:
         """What lives at the peak of a step or of a validation after it: bytes by what it is, and the operator then."""
         c, parameters = self.config.train, list(self.model.parameters())
-        self.tally = tally = Tally()
+        self.tally = tally = Tally(self.on_cpu)
         with self.nowhere:
             # what a first step makes is there in all others
             for parameter in parameters:
@@ -220,10 +224,14 @@ class Rehearsal(Learner):
 
 
 class Tally(TorchDispatchMode):
-    """Adds up, while it is on, the storages that live, and keeps what they were for when they were the most."""
+    """Adds up, while it is on, the storages that live, and keeps what they were for when they were the most.
 
-    def __init__(self):
+    on_cpu: with what libraries and malloc take there beside them.
+    """
+
+    def __init__(self, on_cpu: bool = True):
         super().__init__()
+        self.on_cpu = on_cpu
         self.kind = "activations"
         self.live: dict[int, tuple[int, str]] = {}  # of every storage, by its address: bytes, and what it is for
         self.now: Counter[str] = Counter()
@@ -266,8 +274,10 @@ class Tally(TorchDispatchMode):
         results = function(*args, **(kwargs or {}))
         new = [x for x in tree_leaves(results) if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.live]
         self.add(new, self.kind)
-        parts = {**self.now, "scratch of that operator": workspace(function, args)}
-        parts["holes in the heap"] = int(_HOLES * self.heap)
+        parts = dict(self.now)
+        if self.on_cpu:
+            parts["scratch of that operator"] = workspace(function, args)
+            parts["holes in the heap"] = int(_HOLES * self.heap)
         if sum(parts.values()) > sum(self.parts.values()):
             self.parts = parts
             self.during = function.overloadpacket.__name__

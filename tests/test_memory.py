@@ -76,7 +76,7 @@ def test_what_saves_memory_needs_less():
 @pytest.mark.parametrize("crop", [(24, 16, 16), (40, 64)])
 def test_the_largest_crop_fits_and_the_next_one_does_not(crop):
     settings = replace(Config(), **PLANNED | dict(crop=crop))
-    limit = int(1.3 * predict(settings).peak)
+    limit = sum(memory.before(settings).values()) + 3 * need(crop=crop)
     plan = cover.plan(memory=limit, **PLANNED | dict(crop=crop))
     assert (
         plan.fits
