@@ -117,6 +117,8 @@ def require(settings: Config, build: Callable[[Config], COVER] = build_model) ->
     memory = available(device_of(settings))
     try:
         found = predict(settings, build)
+    except ValueError:  # settings that do not fit
+        raise
     except Exception as error:  # a backbone of one's own may do what tensors without storage cannot
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(f"the memory of a step cannot be predicted ({reason}), nor whether it fits", stacklevel=3)

@@ -13,6 +13,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def afresh():
+    """Without what was compiled before; and nothing is left, for it would count against the limits of other tests."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -22,7 +30,6 @@ pytestmark = pytest.mark.skipif(
     ],
 )
 def test_compiled_code_trains_alike(tmp_path, settings):
-    torch.compiler.reset()
     data = volumes(tmp_path / "data")
     plain = pretrain(data, out=tmp_path / "plain", **SETTINGS | settings | dict(compile="off"))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
