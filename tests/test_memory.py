@@ -22,7 +22,7 @@ from cover.config import Config, replace
 from cover.memory import DoesNotFit, Rehearsal, Tally, predict, read_size
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "memory.py"
-PLANNED = SETTINGS | dict(crop=(48, 32, 32), check_memory=True)
+PLANNED = SETTINGS | dict(crop=(48, 32, 32), control_spacing=16.0, check_memory=True)
 
 
 @pytest.fixture(autouse=True)
