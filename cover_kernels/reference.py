@@ -18,6 +18,11 @@ def _offsets(window):
     return list(product(*(range(-(n // 2), n // 2 + 1) for n in window)))
 
 
+def _within_reach(window, S):
+    """The window, no wider than what a voxel at the border of the image sees: all beyond is outside it."""
+    return [min(n, 2 * size - 1) for n, size in zip(window, S, strict=True)]
+
+
 def _pad(x, window):
     """x with r = (N - 1) / 2 zeros on both ends of every spatial axis."""
     return F.pad(x, [n // 2 for n in reversed(window) for _ in (0, 1)])
@@ -47,6 +52,7 @@ def _veu_weights(q, k, window, heads, scale, mask):
 
 
 def veu_fwd(q, k, window, heads, scale, mask):
+    window = _within_reach(window, q.shape[2:])
     *_, scores = _veu_weights(q, k, window, heads, scale, mask)
     scores = torch.stack(scores)
     lse = scores.logsumexp(0)
@@ -57,6 +63,7 @@ def veu_fwd(q, k, window, heads, scale, mask):
 
 def veu_bwd(grad_v, q, k, v, lse, window, heads, scale, mask):
     S = q.shape[2:]
+    window = _within_reach(window, S)
     groups, keys, scores = _veu_weights(q, k, window, heads, scale, mask)
     lse = lse.masked_fill(lse == -torch.inf, 0)
     # <g, o> for each offset, and delta_j = <g, v_j>

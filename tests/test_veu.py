@@ -85,6 +85,14 @@ def test_constant_features_average_the_offsets_inside_the_image(backend):
     assert torch.allclose(v[0, 0, 0], torch.tensor(0.5)) and torch.allclose(v[0, 1, :, -1], torch.tensor(-0.5))
 
 
+def test_a_window_of_any_width_costs_what_the_image_is_wide(backend):
+    q, k = torch.randn(2, 1, 4, 3, 5)
+    q.requires_grad_()
+    wide, enough = veu(q, k, 2**31 - 1, heads=2), veu(q, k, (5, 9), heads=2)
+    assert torch.equal(wide, enough)
+    assert torch.equal(*(torch.autograd.grad(v.square().sum(), q)[0] for v in (wide, enough)))
+
+
 def test_masked_keys_take_no_part_whatever_they_hold(backend):
     q, k = torch.randn(2, 1, 3, 6, 7)
     mask = torch.rand(1, 1, 6, 7) < 0.7
