@@ -168,7 +168,8 @@ class Trainer(Learner):
             last = (checkpoint.all_of(self.out) or ["none yet"])[-1]
             raise WriteError(f"stopped after step {self.step}: {error}; the last good checkpoint is {last}") from error
         finally:
-            # DDP may not be the last to hold the process group: it would wait for gloo's thread, which may wait for Python
+            # DDP may not be the last to hold the process group: it would wait for gloo's thread, which may wait for
+            # Python
             self.network = self.model
 
     def train(self) -> Path:
