@@ -5,7 +5,6 @@ Each message names the operator and the argument, says what was expected and wha
 
 from collections.abc import Iterable
 from operator import index
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -22,8 +21,8 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 def _check_tensor(op: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: `{name}` must be a tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{op}: `{name}` must be a dense tensor, got {x.layout}")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{op}: `{name}` must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
     if forward_ad.unpack_dual(x).tangent is not None:  # torch.library would drop the tangent without a word
         raise RuntimeError(f"{op}: `{name}` carries a tangent, but {op} has no forward-mode derivative (jvp)")
 
@@ -57,6 +56,11 @@ def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shap
         )
 
 
+def check_grad(op: str, grad: Tensor) -> None:
+    """Check the gradient of an operator's output: autograd has seen to its shape, dtype and device."""
+    _check_tensor(op, "grad", grad)
+
+
 def promoted(x: Tensor, like: Tensor) -> Tensor:
     """`x`, under autocast in the wider of both dtypes: what comes of convolutions meets what does not."""
     if not all(isinstance(t, Tensor) and t.dtype in DTYPES for t in (x, like)) or x.dtype == like.dtype:
@@ -66,13 +70,25 @@ def promoted(x: Tensor, like: Tensor) -> Tensor:
 
 
 def is_count(value) -> bool:
-    """Whether `value` is an int above 0, and not a bool."""
-    return isinstance(value, SupportsIndex) and not isinstance(value, (bool, Tensor)) and 1 <= index(value) < 2**31
+    """Whether `value` is an int above 0, NumPy's included, and not a bool."""
+    if isinstance(value, (bool, Tensor)):
+        return False
+    try:
+        return 1 <= index(value) < 2**31
+    except TypeError:  # not an int; an array has the method, but may not have the number
+        return False
+
+
+def is_finite(value, dtype: torch.dtype) -> bool:
+    """Whether `value` is an int or float, and not a bool, that is finite in `dtype`."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= torch.finfo(dtype).max
 
 
 def per_axis(op: str, name: str, value, d: int) -> list[int]:
     """An int or one int per axis, as a list of d positive ints."""
-    values = list(value) if isinstance(value, Iterable) and not isinstance(value, Tensor) else [value] * d
+    # an array without axes calls itself iterable
+    several = isinstance(value, Iterable) and not isinstance(value, Tensor) and getattr(value, "ndim", 1)
+    values = list(value) if several else [value] * d
     if len(values) != d or not all(map(is_count, values)):
         raise ValueError(f"{op}: `{name}` must be a positive int or {d} of them, one per spatial axis, got {value!r}")
     return list(map(index, values))

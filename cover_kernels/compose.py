@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cover_kernels.checks import check_image, check_like, coarse_shape, per_axis, promoted
+from cover_kernels.checks import check_grad, check_image, check_like, coarse_shape, per_axis, promoted
 from cover_kernels.operators import register
 
 
@@ -47,6 +47,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y):
+    check_grad("compose", grad_y)
     deterministic = torch.are_deterministic_algorithms_enabled()
     grads = torch.ops.cover_kernels.compose_bwd(grad_y, *ctx.saved_tensors, ctx.stride, deterministic)
     return *grads, None

@@ -1,11 +1,11 @@
 """VEU, the Vector Embedding Unit: windowed attention whose values are the offsets of the window themselves."""
 
-import math
+from operator import index
 
 import torch
 from torch import Tensor
 
-from cover_kernels.checks import acc_dtype, check_image, check_like, is_count, per_axis, promoted
+from cover_kernels.checks import acc_dtype, check_grad, check_image, check_like, is_count, is_finite, per_axis, promoted
 from cover_kernels.operators import register
 
 
@@ -49,13 +49,15 @@ def veu(
     window = per_axis("veu", "window", window, d)
     if any(n % 2 == 0 for n in window):
         raise ValueError(f"veu: `window` must be odd on every axis, got {window}")
-    if not is_count(heads) or q.shape[1] % heads:
+    if not is_count(heads) or q.shape[1] % index(heads):
         raise ValueError(f"veu: `heads` must be a positive int that divides the {q.shape[1]} channels, got {heads!r}")
+    heads = index(heads)
     if scale is None:
         scale = (q.shape[1] // heads) ** -0.5
-    elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    elif not is_finite(scale, acc_dtype(q.dtype)):
         raise TypeError(
-            f"veu: `scale` must be a finite number, got {scale!r}; to learn it, multiply `q` by it and give scale=1"
+            f"veu: `scale` must be an int or float that is finite in {acc_dtype(q.dtype)}, got {scale!r}; "
+            "to learn it, multiply `q` by it and give scale=1"
         )
     if mask is not None:
         check_like("veu", "mask", mask, "q", q, (q.shape[0], 1, *q.shape[2:]), (torch.bool,))
@@ -79,6 +81,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_v, _grad_lse):
     if grad_v is None:
         return (None,) * 6
+    check_grad("veu", grad_v)
     q, k, v, lse, mask = ctx.saved_tensors
     grads = torch.ops.cover_kernels.veu_bwd(grad_v, q, k, v, lse, ctx.window, ctx.heads, ctx.scale, mask)
     return *grads, None, None, None, None

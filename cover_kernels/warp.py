@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cover_kernels.checks import acc_dtype, check_image, check_like, coarse_shape, per_axis, promoted
+from cover_kernels.checks import acc_dtype, check_grad, check_image, check_like, coarse_shape, per_axis, promoted
 from cover_kernels.operators import register
 
 
@@ -33,7 +33,7 @@ def warp(x: Tensor, flow: Tensor, stride: int | tuple[int, ...] = 1, padding: st
     shape = (x.shape[0], d, *coarse_shape("warp", stride, "x", x))
     flow = promoted(flow, x)
     check_like("warp", "flow", flow, "x", x, shape, (x.dtype, acc_dtype(x.dtype)))
-    if padding not in ("zeros", "border"):
+    if not isinstance(padding, str) or padding not in ("zeros", "border"):
         raise ValueError(f'warp: `padding` must be "zeros" or "border", got {padding!r}')
     return torch.ops.cover_kernels.warp_fwd(x, flow, stride, padding == "border")
 
@@ -48,6 +48,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y):
+    check_grad("warp", grad_y)
     deterministic = torch.are_deterministic_algorithms_enabled()
     grads = torch.ops.cover_kernels.warp_bwd(grad_y, *ctx.saved_tensors, ctx.stride, ctx.border, deterministic)
     return *grads, None, None

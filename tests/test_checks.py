@@ -1,8 +1,10 @@
 """Bad input: one clear error for each mistake, the same whatever backend would serve, before anything is launched."""
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import cover_kernels
 from cover_kernels import backends
@@ -18,6 +20,7 @@ GIVEN = {
     "compose": {"flow": zeros(1, 2, 4, 8), "residual": zeros(1, 2, 4, 8)},
 }
 META = {"device": "meta"}
+SCALE = "`scale` must be an int or float that is finite in"
 BAD = [
     # tensors on several devices
     ("veu", {"k": zeros(1, 6, 4, 8, **META)}, ValueError, "`k` must be on the device of `q`, cpu, got meta"),
@@ -62,13 +65,21 @@ BAD = [
     ("warp", {"flow": [0.0]}, TypeError, "`flow` must be a tensor, got list"),
     ("veu", {"q": zeros(1, 6, 4, 8).to_sparse()}, TypeError, "`q` must be a dense tensor, got torch.sparse_coo"),
     ("compose", {"flow": zeros(1, 2, 4, 8).to_sparse()}, TypeError, "`flow` must be a dense tensor, got torch.sparse"),
+    ("veu", {"k": torch.nested.nested_tensor([zeros(6, 4, 8)])}, TypeError, "`k` must be a dense tensor, got a nested"),
     ("veu", {"window": True}, ValueError, "`window` must be a positive int or 2 of them"),
     ("veu", {"window": torch.tensor(3)}, ValueError, "`window` must be a positive int or 2 of them"),
     ("veu", {"window": 2**63 + 1}, ValueError, "`window` must be a positive int or 2 of them"),
-    ("veu", {"scale": torch.ones((), requires_grad=True)}, TypeError, "`scale` must be a finite number, got tensor.*"),
-    ("veu", {"scale": float("nan")}, TypeError, "`scale` must be a finite number, got nan"),
-    ("veu", {"scale": "x"}, TypeError, "`scale` must be a finite number, got 'x'"),
+    ("veu", {"window": np.array(3.0)}, ValueError, "`window` must be a positive int or 2 of them"),
+    ("veu", {"window": [3, np.array([3, 3])]}, ValueError, "`window` must be a positive int or 2 of them"),
+    ("veu", {"heads": np.array([2, 2])}, ValueError, "`heads` must be a positive int that divides the 6 channels"),
+    ("veu", {"scale": torch.ones((), requires_grad=True)}, TypeError, f"{SCALE} torch.float32, got tensor.*"),
+    ("veu", {"scale": float("nan")}, TypeError, f"{SCALE} torch.float32, got nan"),
+    ("veu", {"scale": "x"}, TypeError, f"{SCALE} torch.float32, got 'x'"),
+    ("veu", {"scale": True}, TypeError, f"{SCALE} torch.float32, got True"),
+    ("veu", {"scale": 10**400}, TypeError, f"{SCALE} torch.float32, got 1000"),
+    ("veu", {"scale": 1e39}, TypeError, rf"{SCALE} torch.float32, got 1e\+39"),
     ("warp", {"padding": "wrap"}, ValueError, '`padding` must be "zeros" or "border", got \'wrap\''),
+    ("warp", {"padding": np.array(["zeros", "border"])}, ValueError, '`padding` must be "zeros" or "border", got arr'),
 ]
 
 
@@ -100,3 +111,29 @@ def test_tensors_on_several_devices_are_refused(monkeypatch, operator, like, nam
 @pytest.mark.parametrize("operator", GIVEN)
 def test_what_the_mistakes_are_made_in_is_good(operator):
     assert getattr(cover_kernels, operator)(**GIVEN[operator]).shape[2:] == (4, 8)
+
+
+class Two:
+    def __index__(self):
+        return 2
+
+
+@pytest.mark.parametrize("two", [np.int64(2), np.array(2), Two()], ids=["np.int64", "array", "index"])
+def test_what_stands_for_an_int_is_one(two):
+    x, flow = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 2, 4)
+    v = cover_kernels.veu(x, 2 * x, 3, 2)
+    assert torch.equal(cover_kernels.veu(x, 2 * x, 3, two), v)
+    assert torch.equal(cover_kernels.warp(x, flow, two), cover_kernels.warp(x, flow, 2))
+    assert torch.equal(cover_kernels.compose(flow, x, [two, 2]), cover_kernels.compose(flow, x, 2))
+
+
+@pytest.mark.parametrize("operator", GIVEN)
+def test_gradients_that_no_backward_can_take_are_refused_before_it_runs(monkeypatch, operator):
+    given = {key: v.clone().requires_grad_() if torch.is_tensor(v) else v for key, v in GIVEN[operator].items()}
+    y = getattr(cover_kernels, operator)(**given)
+    leaves = [t for t in given.values() if torch.is_tensor(t)]
+    monkeypatch.setattr(backends, "choose", lambda device: pytest.fail("an operator ran"))
+    with pytest.raises(TypeError, match=f"^{operator}: `grad` must be a dense tensor, got torch.sparse_coo"):
+        torch.autograd.grad(y, leaves, torch.ones_like(y).to_sparse(), retain_graph=True)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"^{operator}: `grad` carries a tangent"):
+        torch.autograd.grad(y, leaves, forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)))

@@ -197,6 +197,14 @@ def test_compiles_without_graph_breaks(operator):
     assert all(torch.equal(a, e) for a, e in zip(run(compiled, tensors, BACKENDS[0]), expected, strict=True))
 
 
+def test_compiles_where_numbers_change_from_call_to_call():
+    q, k = torch.randn(2, 1, 8, 5, 6)
+    compiled = torch.compile(cover_kernels.veu, fullgraph=True, backend="aot_eager")
+    for window, heads, scale in ((3, 1, 0.5), (3, 2, 0.25), (5, 4, 0.1)):
+        expected = cover_kernels.veu(q, k, window, heads, scale)
+        assert torch.equal(compiled(q, k, window, heads, scale), expected)
+
+
 def test_compiles_with_inductor():
     def chain(q, k, u):
         w = cover_kernels.veu(q, cover_kernels.warp(k, u, 2), 3, 2)
