@@ -16,9 +16,12 @@ from pathlib import Path
 
 import torch
 
+from cover_kernels.checks import check_raw
 from cover_kernels.schemas import SCHEMAS
 
 _ENV = "COVER_KERNELS_BACKEND"
+# operator -> the names of its arguments
+_NAMES = {name: re.findall(r"(\w+)[,)]", schema.partition(" ->")[0]) for name, schema in SCHEMAS.items()}
 _libraries = []
 
 
@@ -162,7 +165,7 @@ def serving(device: torch.device | str) -> list[str]:
 
 
 def run(operator: str, *args):
-    """Run one operator of `schemas.py` on the backend that serves its first tensor."""
+    """Run one operator of `schemas.py` on the backend that serves its first tensor. What does not fit is refused."""
     device = args[0].device
     name, reason = choose(device)
     if name in _COMPILED_FOR:
@@ -170,6 +173,7 @@ def run(operator: str, *args):
     if name == "reference" and "forced" not in reason and device.type not in _warned:
         _warned.add(device.type)
         warnings.warn(f"cover_kernels runs on its slow reference implementation: {reason}", stacklevel=2)
+    check_raw(operator, dict(zip(_NAMES[operator], args, strict=True)))
     return getattr(importlib.import_module(f"cover_kernels.{name}"), operator)(*args)
 
 

@@ -1,10 +1,11 @@
 """The argument checks that all operators share: one clear error, the same on every backend, before any work.
 
-Each message names the operator and the argument, says what was expected and what came.
+Each message names the operator and the argument, says what was expected and what came. Those of `check_raw`, for calls
+of the registered operators, are the ones of csrc/binding.h.
 """
 
 from collections.abc import Iterable
-from operator import index
+from operator import floordiv, index, mod
 
 import torch
 from torch import Tensor
@@ -100,3 +101,42 @@ def coarse_shape(op: str, stride: list[int], fine_name: str, fine: Tensor) -> li
     if any(size % s for size, s in zip(S, stride, strict=True)):
         raise ValueError(f"{op}: `stride` must divide the spatial shape of `{fine_name}`, {S}, got {stride}")
     return [size // s for size, s in zip(S, stride, strict=True)]
+
+
+def _expect(holds: bool, *message: str) -> None:
+    if not holds:
+        raise RuntimeError("".join(message))
+
+
+def check_raw(name: str, arguments: dict) -> None:
+    """Keep a raw call of a registered operator inside its tensors, on backends that are not csrc/binding.h's: its twin.
+
+    `arguments`: by their names in `schemas.py`. Raises RuntimeError.
+    """
+    op = name.split("_")[0]
+    like = arguments[{"veu": "q", "warp": "x", "compose": "residual"}[op]]
+    per_axis = arguments["window" if op == "veu" else "stride"]
+    _expect(like.dim() in (4, 5), op, ": expected [B, C, *S] with 2 or 3 spatial axes")
+    B, C, *S = like.shape
+    d, dtype = len(S), like.dtype
+    _expect(len(per_axis) == d, op, ": expected a number for each axis")
+    _expect(C > 0 and all(S), op, ": expected no empty axis")
+    _expect(min(per_axis) > 0, op, ": expected numbers above 0 for the axes")
+    _expect(dtype in DTYPES, "cover_kernels: tensors must be float64, float32, bfloat16 or float16")
+    acc = acc_dtype(dtype)
+    if op == "veu":
+        heads = arguments["heads"]
+        _expect(all(n % 2 for n in per_axis), "veu: expected an odd window")
+        _expect(heads > 0 and C % heads == 0, "veu: the heads do not divide the channels")
+        mask, v, lse = (1, S, (torch.bool,)), (d, S, (acc,)), (heads, S, (acc,))
+        fits = {"k": (C, S, (dtype,)), "mask": mask, "grad_v": v, "v": v, "lse": lse}
+    else:
+        _expect(not any(map(mod, S, per_axis)), op, ": the stride does not divide the spatial shape")
+        flow = d, list(map(floordiv, S, per_axis)), (dtype, acc if op == "warp" else dtype)
+        fits = {"residual": (d, S, (dtype,)), "flow": flow, "grad_y": (C, S, (dtype,))}
+    for key, (channels, shape, dtypes) in fits.items():
+        if (x := arguments.get(key)) is not None:
+            what = (op, ": ", key)
+            _expect([*x.shape] == [B, channels, *shape], *what, " does not have the shape that the others ask for")
+            _expect(x.dtype in dtypes, *what, " does not have the dtype that the others ask for")
+            _expect(x.device == like.device, *what, " is not on the device of the others")

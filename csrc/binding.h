@@ -2,8 +2,9 @@
 // backends share.
 //
 // Python has checked the arguments and named what was wrong; the checks here keep a raw call of the operators inside
-// its tensors. Then outputs are allocated and sizes are copied out. `Guard` makes the device of a tensor current while
-// it lives. Only the bindings know torch.
+// its tensors, as `check_raw` of cover_kernels/checks.py does for other backends, in the same words. Then outputs are
+// allocated and sizes are copied out. `Guard` makes the device of a tensor current while it lives. Only the bindings
+// know torch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

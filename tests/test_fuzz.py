@@ -261,7 +261,7 @@ def raw_calls(draw):
     return name, raw
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_raw_calls_stay_inside_their_tensors(fuzz, backend):
     """What the Python functions would refuse is refused again below them, or it fits by chance."""
 

@@ -12,11 +12,11 @@ from torch import zeros
 from torch.autograd import forward_ad
 
 import cover_kernels
+from cover_kernels.checks import check_raw
 from cover_kernels.measure import peak_above
 
 BACKENDS = operators.compiled_backends()
-# those with a library of C++ or CUDA, whose registered operators check what a raw call hands them
-LIBRARIES = [name for name in BACKENDS if name in ("cpu", "cuda")]
+EVERY_BACKEND = [*BACKENDS, "reference"]
 
 
 def test_the_compiled_backend_is_there():
@@ -52,7 +52,7 @@ def smooth_case(operator, case):
 @pytest.mark.parametrize(
     ("operator", "case"), [(o, c) for o, c in PARAMETERS if c.B and max(c.S) < 20 and c.layout == "contiguous"], ids=str
 )
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_gradcheck(backend, operator, case):
     function, tensors = smooth_case(operator, case)
     tensors = [t.requires_grad_() for t in tensors]
@@ -71,8 +71,8 @@ def test_gradcheck(backend, operator, case):
 def test_any_forward_pairs_with_any_backward(operator):
     function, tensors = sample_inputs(operator, CASES[operator][-4], torch.float32)
     expected = run(function, tensors, "reference")
-    for forward in [*BACKENDS, "reference"]:
-        for backward in [*BACKENDS, "reference"]:
+    for forward in EVERY_BACKEND:
+        for backward in EVERY_BACKEND:
             leaves = [t.clone().requires_grad_() for t in tensors]
             with cover_kernels.use_backend(forward):
                 y = function(*leaves)
@@ -96,49 +96,77 @@ RAW = {
     "warp": (zeros(1, 3, 8, 8), zeros(1, 2, 4, 4), [2, 2], False),
     "compose": (zeros(1, 2, 4, 4), zeros(1, 2, 8, 8), [2, 2]),
 }
+SHAPE, DTYPE = (f"does not have the {what} that the others ask for" for what in ("shape", "dtype"))
+AXES, POSITIVE = "expected a number for each axis", "expected numbers above 0 for the axes"
 # what the Python functions refuse with names, a call of the registered operator must not read beyond its tensors for
 MISFITS = [
-    ("veu", 1, zeros(1, 8, 1, 1)),
-    ("veu", 1, zeros(1, 4, 9, 10)),
-    ("veu", 1, zeros(1, 8, 9, 10).double()),
-    ("veu", 2, [3]),
-    ("veu", 2, [3, 4]),
-    ("veu", 3, 3),
-    ("veu", 5, torch.ones(1, 1, 9, 9, dtype=torch.bool)),
-    ("veu", 5, zeros(1, 1, 9, 10)),
-    ("warp", 1, zeros(1, 2, 4, 3)),
-    ("warp", 1, zeros(1, 2, 4, 4).half()),
-    ("warp", 2, [2]),
-    ("warp", 2, [0, 2]),
-    ("compose", 0, zeros(1, 2, 3, 4)),
-    ("compose", 0, zeros(1, 3, 4, 4)),
-    ("compose", 1, zeros(1, 3, 8, 8)),
-    ("compose", 2, [3, 2]),
+    ("veu", 0, zeros(1, 8, 9), r"expected \[B, C, \*S\] with 2 or 3 spatial axes"),
+    ("veu", 0, zeros(1, 8, 0, 10), "expected no empty axis"),
+    ("veu", 1, zeros(1, 8, 1, 1), f"k {SHAPE}"),
+    ("veu", 1, zeros(1, 4, 9, 10), f"k {SHAPE}"),
+    ("veu", 1, zeros(1, 8, 9, 10).double(), f"k {DTYPE}"),
+    ("veu", 2, [3], AXES),
+    ("veu", 2, [3, 4], "expected an odd window"),
+    ("veu", 2, [3, -1], POSITIVE),
+    ("veu", 3, 3, "the heads do not divide the channels"),
+    ("veu", 3, 0, "the heads do not divide the channels"),
+    ("veu", 5, torch.ones(1, 1, 9, 9, dtype=torch.bool), f"mask {SHAPE}"),
+    ("veu", 5, zeros(1, 1, 9, 10), f"mask {DTYPE}"),
+    ("warp", 1, zeros(1, 2, 4, 3), f"flow {SHAPE}"),
+    ("warp", 1, zeros(1, 2, 4, 4).half(), f"flow {DTYPE}"),
+    ("warp", 2, [2], AXES),
+    ("warp", 2, [0, 2], POSITIVE),
+    ("compose", 0, zeros(1, 2, 3, 4), f"flow {SHAPE}"),
+    ("compose", 0, zeros(1, 3, 4, 4), f"flow {SHAPE}"),
+    ("compose", 1, zeros(1, 3, 8, 8), f"residual {SHAPE}"),
+    ("compose", 2, [3, 2], "the stride does not divide the spatial shape"),
 ]
 
 
-@pytest.mark.parametrize(("operator", "position", "value"), MISFITS)
-def test_a_raw_call_that_does_not_fit_is_refused(operator, position, value):
-    for name in LIBRARIES:
-        forward = getattr(getattr(torch.ops, f"cover_kernels_{name}"), f"{operator}_fwd")
-        arguments = [a.to(operators.DEVICE) if isinstance(a, torch.Tensor) else a for a in RAW[operator]]
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize(("operator", "position", "value", "message"), MISFITS)
+def test_a_raw_call_that_does_not_fit_is_refused(backend, operator, position, value, message):
+    forward = getattr(torch.ops.cover_kernels, f"{operator}_fwd")
+    arguments = [a.to(operators.DEVICE) if isinstance(a, torch.Tensor) else a for a in RAW[operator]]
+    with cover_kernels.use_backend(backend):
         forward(*arguments)
         arguments[position] = value.to(operators.DEVICE) if isinstance(value, torch.Tensor) else value
-        with pytest.raises(RuntimeError, match=f"{operator}: "):
+        with pytest.raises(RuntimeError, match=f"{operator}: {message}"):
             forward(*arguments)
 
 
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_a_raw_backward_that_does_not_fit_is_refused(operator):
-    case = CASES[operator][2]
-    _, arguments = raw_arguments(operator, case)
-    for name in LIBRARIES:
-        backward = getattr(getattr(torch.ops, f"cover_kernels_{name}"), f"{operator}_bwd")
+def test_a_raw_call_with_integers_does_not_fit_and_is_refused(backend, operator):
+    arguments = [a.int() if isinstance(a, torch.Tensor) else a for a in RAW[operator]]
+    arguments = [a.to(operators.DEVICE) if isinstance(a, torch.Tensor) else a for a in arguments]
+    with cover_kernels.use_backend(backend), pytest.raises(RuntimeError, match="tensors must be float64, float32,"):
+        getattr(torch.ops.cover_kernels, f"{operator}_fwd")(*arguments)
+
+
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_raw_backward_that_does_not_fit_is_refused(backend, operator):
+    _, arguments = raw_arguments(operator, CASES[operator][1])
+    backward = getattr(torch.ops.cover_kernels, f"{operator}_bwd")
+    with cover_kernels.use_backend(backend):
         backward(*arguments)
         for i, tensor in enumerate(arguments):
             if isinstance(tensor, torch.Tensor):
-                with pytest.raises(RuntimeError, match=f"{operator}: "):
-                    backward(*arguments[:i], tensor[..., :-1], *arguments[i + 1 :])
+                for misfit in (tensor[..., :-1], tensor.half()):
+                    with pytest.raises(RuntimeError, match=f"{operator}: .* that the others ask for"):
+                        backward(*arguments[:i], misfit, *arguments[i + 1 :])
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_raw_call_of_two_devices_does_not_fit_and_is_refused(operator):
+    """The check itself: with a meta tensor, dispatch would take the fake kernel, and a GPU is not everywhere."""
+    function = getattr(torch.ops.cover_kernels, f"{operator}_fwd").default
+    arguments = dict(zip([a.name for a in function._schema.arguments], RAW[operator], strict=True))
+    check_raw(function._opname, arguments)
+    other = {"veu": "k", "warp": "flow", "compose": "flow"}[operator]
+    with pytest.raises(RuntimeError, match=f"{operator}: {other} is not on the device of the others"):
+        check_raw(function._opname, arguments | {other: arguments[other].to("meta")})
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

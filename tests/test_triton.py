@@ -93,13 +93,15 @@ def test_the_checker_reports_nothing_else(interpreted):
 
 
 def test_holds_what_the_operators_promise():
-    """The tests of the operators themselves, of identities to the bit and of what is not finite, on the interpreter."""
+    """The tests of the operators themselves on the interpreter: of identities to the bit, of what is not finite, and of
+    raw calls that are refused."""
     promises = (
-        "identity_to_the_bit or non_finite or nan or clamped or composing_with_zero or masked_keys or large_scores"
+        "identity_to_the_bit or non_finite or nan or clamped or composing_with_zero or masked_keys or large_scores "
+        "or not_fit"
     )
     # the interpreter itself takes denormal bfloat16 numbers for 0
     promises = f"triton and ({promises}) and not (identity_to_the_bit and bfloat16)"
-    files = [str(HERE / f"test_{operator}.py") for operator in OPERATORS]
+    files = [str(HERE / f"test_{name}.py") for name in (*OPERATORS, "operators")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", promises, *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "COVER_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE)
