@@ -83,6 +83,12 @@ def with_headers(path: Path) -> list[Path]:
     return [path, *sorted(set(headers))]
 
 
+def sources() -> str:
+    """SHA-256 of what the figures depend on: the kernels' sources and what they include of the project's."""
+    paths = {path.name: path for name in FILES for path in with_headers(CUDA / f"{name}.cu")}
+    return hashlib.sha256("\0".join(paths[name].read_text() for name in sorted(paths)).encode()).hexdigest()
+
+
 def compile_file(name: str, arch: int, sizes: str | None = None) -> tuple[Path, str]:
     """(cubin, ptxas' report) of one source for one architecture, from a cache in the temporary folder.
 
@@ -242,10 +248,14 @@ def main() -> int:
     if arguments.update:
         lines = (f"    {json.dumps(name)}: {json.dumps(figures)}" for name, figures in measured.items())
         kernels = ",\n".join(lines)
-        BUDGET.write_text(f'{{\n  "nvcc": "{compiler()}",\n  "kernels": {{\n{kernels}\n  }}\n}}\n')
+        origin = f'"nvcc": "{compiler()}",\n  "sources": "{sources()}"'
+        BUDGET.write_text(f'{{\n  {origin},\n  "kernels": {{\n{kernels}\n  }}\n}}\n')
         return 0
-    worse = regressions(json.loads(BUDGET.read_text())["kernels"], measured)
+    recorded = json.loads(BUDGET.read_text())
+    worse = regressions(recorded["kernels"], measured)
     print("\n".join(worse) or "within the budget")
+    if recorded["sources"] != sources():
+        print("budget.json was made of other sources: --update writes it anew")
     return int(bool(worse))
 
 

@@ -6,6 +6,7 @@ all of them. The budget itself is checked everywhere.
 
 import importlib.util
 import json
+import shutil
 from itertools import product
 from pathlib import Path
 
@@ -40,6 +41,23 @@ def test_budget_covers_every_shipped_kernel_and_keeps_the_bars():
         name = f"veu_fwd mma bf16 {d}D C={C} N={N} sm_{arch}"
         assert kernels[name]["spilled_bytes"] == 0, name
     assert_within_bars(kernels)
+
+
+def test_budget_is_that_of_the_sources():
+    assert RECORDED["sources"] == budget.sources(), "the CUDA sources changed: run python benchmarks/budget.py --update"
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("cuda/veu_fwd_mma.cu", True), ("cuda/sums.cuh", True), ("kernels.h", True), ("binding.h", False)],
+)
+def test_sources_of_the_budget_are_what_the_kernels_include(tmp_path, monkeypatch, name, counts):
+    shutil.copytree(budget.CUDA.parent, tmp_path / "csrc")
+    monkeypatch.setattr(budget, "CUDA", tmp_path / "csrc" / "cuda")
+    before = budget.sources()
+    with open(tmp_path / "csrc" / name, "a") as file:
+        file.write("// one line more\n")
+    assert (budget.sources() != before) == counts
 
 
 @needs_nvcc
