@@ -37,8 +37,8 @@ from cover.views import Views
 _LIBRARIES = 60 * 2**20
 
 # glibc's malloc gives blocks below this size back only from the end of its heap: what has been freed between them stays
-# with the process. It was a quarter to a half of what lived in such blocks: docs/training.md
-_HEAP, _HOLES = 32 * 2**20, 0.3
+# with the process. Measured: from a quarter to one and a half of what lived in such blocks: docs/training.md
+_MAPPED, _HOLES = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", 32 * 2**20)), 0.6
 
 # names of the limit, of what is taken and of the cache of files, in the first version of control groups
 _GROUPS_VERSION_1 = "limit_in_bytes", "usage_in_bytes", "total_inactive_file"
@@ -187,6 +187,12 @@ class Rehearsal(Learner):
     def distribute(self) -> nn.Module:
         return self.model
 
+    def build_optimiser(self) -> torch.optim.Optimizer:
+        optimiser = super().build_optimiser()
+        # it needs no other memory; of fused SGD there is no fake kernel (torch 2.13): it would run, on zeros
+        optimiser.param_groups[0]["fused"] = not isinstance(optimiser, torch.optim.SGD)
+        return optimiser
+
     def batch(self, size: int) -> dict[str, Tensor]:
         """What the data set would give for `size` images."""
         c, d = self.config, len(self.config.data.crop)
@@ -269,7 +275,7 @@ class Tally(TorchDispatchMode):
 
     def _count(self, size: int, kind: str) -> None:
         self.now[kind] += size
-        if abs(size) < _HEAP:
+        if abs(size) < _MAPPED:
             self.heap += size
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
