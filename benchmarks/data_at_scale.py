@@ -27,8 +27,7 @@ from cover.cli import read_settings
 from cover.data import BatchSampler, ImageSet, PretrainDataset, batches_of, open_images
 from cover.model import build_model
 from cover.presets import preset_config
-from cover.trainer import fit_to_reach
-from cover.views import ViewMaker
+from cover.views import ViewMaker, fit_to_reach
 
 MIB = 2**20
 
