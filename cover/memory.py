@@ -133,7 +133,12 @@ def require(settings: Config, build: Callable[[Config], COVER] = build_model) ->
 
 def predict(settings: Config, build: Callable[[Config], COVER] = build_model) -> Plan:
     """The plan of a run with these settings, its memory not being compared with anything."""
-    parts, during = Rehearsal(settings, build).peak()
+    try:
+        parts, during = Rehearsal(settings, build).peak()
+    except RuntimeError as error:
+        if "Storage size calculation overflowed" not in str(error):
+            raise
+        raise ValueError(f"plan: a step has tensors of more than 2^63 bytes: {error}") from error
     return Plan(settings, before(settings) | parts, during)
 
 
@@ -365,10 +370,9 @@ def read_size(size: str | int) -> int:
     found = re.fullmatch(r"([\d.eE+]+) *(?:([kKMGT]?)(i?)B?)?", str(size).strip())
     try:
         power = " KMGT".index(found[2].upper() or " ")
-        bytes_ = float(found[1]) * (1024 if found[3] else 1000) ** power
-    except (TypeError, ValueError, AttributeError):
+        return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    except (TypeError, ValueError, AttributeError, OverflowError):  # the last: infinite
         raise ValueError(f'plan: `memory` must be a size such as "24GiB", got {size!r}') from None
-    return int(bytes_)
 
 
 def gib(size: int) -> str:

@@ -97,10 +97,12 @@ MANIFESTS = [
     ("field.csv", bad_files.content(b"image\n" + b"x" * 200_000), "field larger than field limit"),
     ("split.csv", bad_files.content(b"image,split\na.npy,trian\n"), "entry 1: `split` must be one of .* got 'trian'"),
     ("short.csv", bad_files.content(b"image,split\na.npy,train\nb.npy\n"), "entry 2: `split` must be one of .* None"),
+    ("space.csv", bad_files.content(b"image, split\na.npy, test\n"), "must be called `split`, got ' split'"),
+    ("capital.json", bad_files.content(b'[{"image": "a.npy", "Split": "test"}]'), "called `split`, got 'Split'"),
     ("cut.json", bad_files.content(b'[{"image": "a.npy"'), "cannot be read"),
     ("object.json", bad_files.content(b'{"image": "a.npy"}'), "expected a JSON list, got dict"),
     ("deep.json", bad_files.content(b"[" * 200_000), "cannot be read: .*recursion"),
-    ("number.json", bad_files.content(b"[3]"), "entry 1: expected a path as `image`"),
+    ("number.json", bad_files.content(b"[3]"), "entry 1: expected a path as `image`, got 3"),
     ("list.json", bad_files.content(b'[["a.npy"]]'), "entry 1: expected a path as `image`"),
     ("null.json", bad_files.content(b'[{"image": null}]'), "entry 1: expected a path as `image`, got None"),
     (

@@ -119,6 +119,11 @@ def test_a_backbone_that_cannot_be_rehearsed_is_trained_with_a_warning(tmp_path)
         )
 
 
+def test_a_step_beyond_all_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"more than 2\^63 bytes"):
+        cover.plan("small-3d", batch=10**12)
+
+
 def test_the_command_prints_the_table(capsys):
     words = ["plan", "--preset", "small-3d", "crop=16,16,16", "batch=1"]
     assert main(words) == 0
@@ -136,7 +141,7 @@ def test_sizes(text, size):
     assert read_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "24 apples", "1iB2", "-3"])
+@pytest.mark.parametrize("text", ["", "GiB", "24 apples", "1iB2", "-3", "1e400", "1e308GiB"])
 def test_what_is_no_size_is_named(text):
     with pytest.raises(ValueError, match="`memory` must be a size"):
         read_size(text)

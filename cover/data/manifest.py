@@ -110,9 +110,12 @@ def _read_manifest(path: Path) -> list[Source]:
         raise DataError(f"manifest {path}: expected a JSON list, got {type(rows).__name__}")
     rows = [{"image": row} if isinstance(row, str) else row for row in rows]
     with_split = any(isinstance(row, dict) and "split" in row for row in rows)
+    names = {name for row in rows if isinstance(row, dict) for name in row if isinstance(name, str)}
+    if not with_split and (near := [name for name in names if name.strip().lower() == "split"]):
+        raise DataError(f"manifest {path}: the column of splits must be called `split`, got {near[0]!r}")
     sources = []
     for number, row in enumerate(rows, 1):
-        image = row.get("image") if isinstance(row, dict) else None
+        image = row.get("image") if isinstance(row, dict) else row
         if not isinstance(image, str) or not image:
             raise DataError(f"manifest {path}, entry {number}: expected a path as `image`, got {image!r}")
         split = row.get("split")
