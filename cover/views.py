@@ -1,6 +1,7 @@
 """The two views of self-vector regression (SeVR): x_a = t(x), and x_b(p) = x(p + psi(p)) with psi known exactly."""
 
 import dataclasses
+import functools
 from itertools import product
 from typing import NamedTuple
 
@@ -164,6 +165,7 @@ def fit_to_reach(dvf: DVFConfig, crop: tuple[int, ...], reach: tuple[float, ...]
         return dvf
     index = torch.arange(_FIT_SAMPLES)
     draws = Draws(0, torch.zeros_like(index), index)
+    draws.uniform = functools.cache(draws.uniform)  # the same for every factor
     # the centres of equal cells: every voxel of the crop is represented alike
     axes = [(torch.arange(n := min(_FIT_POINTS, size)) + 0.5) * size / n - 0.5 for size in crop]
     zero, last = torch.zeros(1, len(crop)), torch.tensor([crop]) - 1
