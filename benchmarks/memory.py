@@ -61,7 +61,7 @@ def main() -> None:
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
         predicted, measured, seconds = json.loads(output.splitlines()[-1])
         error = f"{predicted / measured - 1:+.1%}"
-        print(f"{run:<74}{gib(predicted):>12}{gib(measured):>12}{error:>8}{seconds:>9.0f}", flush=True)
+        print(f"{run:<74}{gib(predicted):>12}{gib(measured):>12}{error:>8}{seconds:>9.3g}", flush=True)
 
 
 def measure(run: str, steps: int) -> tuple[int, int, float]:
