@@ -1,7 +1,7 @@
 """Peak memory of training, each run in a process of its own: what `cover plan` predicts beside what was then measured.
 
 python memory.py            # ten settings in 2D and 3D, within minutes
-python memory.py --bars     # the paper's U-Net at 96^3, also with eager operators, and at 160^3: half an hour, and 10 GB
+python memory.py --bars     # the paper's U-Net at 96^3, also with eager operators, and 160^3: half an hour, 10 GB
 python memory.py "paper-3d batch=1 crop=64,64,64" "eager paper-3d batch=1 crop=64,64,64"    # settings of one's own
 """
 
