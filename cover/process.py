@@ -1,9 +1,12 @@
 """A training process and its machine: signals that ask it to stop, and how much memory it has taken."""
 
+import contextlib
+import re
 import resource
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import torch
 
@@ -59,5 +62,9 @@ def peak_memory(device: torch.device) -> int:
     """The most memory taken so far, in bytes: of tensors on a CUDA device, of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(
+        OSError
+    ):  # Linux: what getrusage says begins at the peak of the process that started this one
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -45,6 +45,13 @@ def test_what_is_predicted_is_what_is_taken(run):
     assert measured > 800 * 2**20  # twice what the libraries take
 
 
+def test_a_peak_is_not_that_of_the_process_that_started_it():
+    child = "import torch; from cover.process import peak_memory; print(peak_memory(torch.device('cpu')))"
+    large = "import subprocess, sys; bytearray(2**31); subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+    output = subprocess.run([sys.executable, "-c", large, child], check=True, stdout=subprocess.PIPE).stdout
+    assert 2**26 < int(output) < 2**30
+
+
 def test_the_tally_counts_what_lives():
     tally = Tally()
     with FakeTensorMode(allow_non_fake_inputs=True):
