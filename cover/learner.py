@@ -69,7 +69,8 @@ class Learner:
     def build_optimiser(self) -> torch.optim.Optimizer:
         c, parameters = self.config.train, self.model.parameters()
         if c.optimiser == "sgd":
-            return torch.optim.SGD(parameters, c.lr, c.momentum, weight_decay=c.weight_decay, fused=True)
+            # fused SGD knows no shares (torch 2.13)
+            return torch.optim.SGD(parameters, c.lr, c.momentum, weight_decay=c.weight_decay, fused=not c.shard)
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[c.optimiser]
         return kind(parameters, c.lr, weight_decay=c.weight_decay, fused=True)
 

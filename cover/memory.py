@@ -38,7 +38,8 @@ _LIBRARIES = 60 * 2**20
 
 # glibc's malloc gives blocks below this size back only from the end of its heap: what has been freed between them stays
 # with the process. Measured: from a quarter to one and a half of what lived in such blocks: docs/training.md
-_MAPPED, _HOLES = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", 32 * 2**20)), 0.6
+_GIVEN = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
+_MAPPED, _HOLES = int(_GIVEN) if _GIVEN.isdecimal() else 32 * 2**20, 0.6
 
 # names of the limit, of what is taken and of the cache of files, in the first version of control groups
 _GROUPS_VERSION_1 = "limit_in_bytes", "usage_in_bytes", "total_inactive_file"

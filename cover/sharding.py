@@ -91,4 +91,8 @@ def load(model: nn.Module, optimiser: torch.optim.Optimizer, weights: dict[str, 
         i: {name: share(x, parameters[i]) if isinstance(x, Tensor) else x for name, x in values.items()}
         for i, values in state["state"].items()
     }
-    optimiser.load_state_dict(state | {"state": shares})
+    # whether it is fused is not of the state: fused SGD knows no shares
+    groups = [
+        saved | {"fused": own["fused"]} for saved, own in zip(state["param_groups"], optimiser.param_groups, strict=True)
+    ]
+    optimiser.load_state_dict({"state": shares, "param_groups": groups})
