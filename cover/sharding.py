@@ -92,7 +92,6 @@ def load(model: nn.Module, optimiser: torch.optim.Optimizer, weights: dict[str, 
         for i, values in state["state"].items()
     }
     # whether it is fused is not of the state: fused SGD knows no shares
-    groups = [
-        saved | {"fused": own["fused"]} for saved, own in zip(state["param_groups"], optimiser.param_groups, strict=True)
-    ]
+    pairs = zip(state["param_groups"], optimiser.param_groups, strict=True)
+    groups = [saved | {"fused": own["fused"]} for saved, own in pairs]
     optimiser.load_state_dict({"state": shares, "param_groups": groups})
