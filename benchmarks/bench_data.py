@@ -55,5 +55,6 @@ def test_batch(images, which, folder, tmp_path, device, timed):
     trainer = Trainer(settings, folder, tmp_path / "run")
     batches = trainer.batches()
     batch = next(batches)
+    batch.pop("replaced")
     call = (lambda: next(batches)) if which == "batch of crops" else (lambda: trainer.make_views(batch))
     timed(call, f"data {images}", which, "cover", suite="data", images=settings.train.batch)

@@ -66,6 +66,7 @@ def test_training_step(network, who, form, trainer, device, timed, left_out):
     if who == "eager" and form == "short":
         left_out(problem, which, who, "as slow as all else together: only in the full form")
     batch, backbone = next(trainer.batches()), trainer.model.backbone
+    batch.pop("replaced")
     x = torch.randn(2 * network.batch, 1, *network.S, device=device)
     grads = [torch.ones_like(features) for features in backbone(x)]
 
