@@ -168,13 +168,14 @@ def grad_like(y):
 
 def assert_close(actual, same_dtype, exact):
     """The project's tolerance: the error against float64 is at most twice that of plain PyTorch in the same dtype,
-    plus sixteen roundings of the largest value (sums of hundreds of terms in another order)."""
+    plus sixteen roundings of the largest value (sums of hundreds of terms in another order). In float64 plain PyTorch
+    is what we compare with: its error is taken to be the 6 roundings that it has on the mean in float32."""
     for a, s, e in zip(actual, same_dtype, exact, strict=True):
         assert a.shape == e.shape
         assert not a.isnan().any()
         if a.numel() == 0:
             continue
-        floor = 16 * torch.finfo(a.dtype).eps * e.abs().max().item()
+        floor = (28 if a.dtype == torch.float64 else 16) * torch.finfo(a.dtype).eps * e.abs().max().item()
         error, allowed = (a.double() - e).abs().max().item(), 2 * (s.double() - e).abs().max().item() + floor
         assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 

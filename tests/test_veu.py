@@ -124,6 +124,9 @@ def test_large_scores_do_not_overflow(backend):
     [
         lambda t: 40 * t,  # each row, and each plane, has a new maximum, by far
         lambda t: 3 * t,  # by little
+        # the first planes' scores need their maximum, above or below 0, the last ones' do not
+        lambda t: 4 * (16 - t),
+        lambda t: -4 * (16 - t),
         lambda t: -40 * t,
         lambda t: -300 - 5 * (t - 8).abs(),  # all of them far below 0
         lambda t: 200 * (-1) ** t,

@@ -1,7 +1,8 @@
 // One instruction set's table of kernels. Each isa_*.cpp includes this once, with COVER_ISA, COVER_BYTES and
 // COVER_REGISTERS (how many vector registers there are) defined and the compiler's target set.
 #include "simd.h"
-#include "veu.h"
+#include "veu_tiles.h"
+#include "veu_fwd.h"
 #include "veu_bwd.h"
 #include "tile.h"
 #include "sample.h"

@@ -57,6 +57,14 @@ inline void fill(A* p, int64_t n, A value) {
   for (int64_t i = 0; i < n; i++) p[i] = value;
 }
 
+// A number whose bits are all set.
+template <class A>
+inline A all_bits() {
+  A a;
+  std::memset(&a, 0xff, sizeof(a));
+  return a;
+}
+
 template <class A>
 constexpr A kInf = std::numeric_limits<A>::infinity();
 
@@ -80,13 +88,26 @@ inline void store(A* p, V v) {
 }
 
 // Loads once what several instructions use: g++ makes each of them load it again.
-template <class V, class A>
-inline V load_once(const A* p) {
-  V v = load_as<V>(p);
+template <class A>
+inline Vec<A> load_once(const A* p) {
+  Vec<A> v = load(p);
 #if defined(__x86_64__)
   asm("" : "+v"(v));
 #endif
   return v;
+}
+
+// The vector at p + o. One of 64 bytes comes from the two at p and beside it, which begin cache lines where p does: a
+// load across lines takes the time of two.
+template <int o, class A>
+COVER_INLINE Vec<A> load_beside(const A* p) {
+#if COVER_BYTES == 64
+  if constexpr (o != 0 && sizeof(A) == 4) {
+    const __m512i low = _mm512_loadu_si512(o < 0 ? p - 16 : p), high = _mm512_loadu_si512(o < 0 ? p : p + 16);
+    return (Vec<A>)_mm512_alignr_epi32(high, low, o & 15);
+  }
+#endif
+  return load_once(p + o);
 }
 
 template <class A>
@@ -116,6 +137,13 @@ inline V larger(V a, V b) {
   return a > b ? a : b;
 }
 
+// v where all bits of *p are set, 0 where none is.
+template <class A>
+inline Vec<A> where_set(Vec<A> v, const A* p) {
+  using Bits = Vec<std::conditional_t<sizeof(A) == 8, int64_t, int32_t>>;
+  return (Vec<A>)((Bits)v & load_as<Bits>(p));
+}
+
 // Whether any element of a comparison is true.
 template <class M>
 inline bool any(M m) {
@@ -131,17 +159,9 @@ inline bool any(M m) {
 }
 
 #if COVER_BYTES == 64
-// Element (i & 31) of 32 numbers, for every i of a vector of 16 or 8.
-template <class B>
-inline B lookup(const int32_t* table, B i) {
-  using Wide = Lanes<int32_t, 16>;
-  Wide index;
-  std::memcpy(&index, &i, sizeof(i));
-  const Wide found = (Wide)_mm512_permutex2var_epi32((__m512i)load_as<Wide>(table), (__m512i)index,
-                                                     (__m512i)load_as<Wide>(table + 16));
-  B low;
-  std::memcpy(&low, &found, sizeof(low));
-  return low;
+// Element (i & 31) of 32 numbers, for every i.
+inline Vec<int32_t> lookup(const int32_t* table, Vec<int32_t> i) {
+  return (Vec<int32_t>)_mm512_permutex2var_epi32(_mm512_load_si512(table), (__m512i)i, _mm512_load_si512(table + 16));
 }
 
 // 2^(i / 32) as bits, less i << 18: adding n << 18, with i the low five bits of n, gives 2^(n / 32).
@@ -152,17 +172,15 @@ alignas(64) constexpr int32_t kExp2Table[32] = {
     0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
 #endif
 
-// 2^x for x <= 0, relative error below 1.6e-7; exactly 1 at 0; 0 from -127 down, and between there and -126 some number
-// below 2^-126; NaN stays NaN. All of it is a product of two factors, so that a NaN survives whatever the bits of the
-// other one.
+// 2^x for |x| < 126, relative error below 1.6e-7; exactly 1 at 0; NaN stays NaN. All of it is a product of two factors,
+// so that a NaN survives whatever the bits of the other one.
 template <class V>
-inline V exp2(V x) {
+inline V exp2_within(V x) {
   if constexpr (sizeof(x[0]) == sizeof(double)) {
     for (size_t i = 0; i < sizeof(V) / sizeof(double); i++) x[i] = ::exp2(x[i]);
     return x;
   } else {
     using Bits = Lanes<int32_t, sizeof(V) / sizeof(float)>;
-    x = larger(V{} - 127.0f, x);
 #if COVER_BYTES == 64
     // 2^(n / 32) from a table, which is looked up where no multiply-add is done, and a short polynomial
     const float shift = 0x1.8p18f;  // adding it leaves n = round(32 x) in the low bits
@@ -181,6 +199,12 @@ inline V exp2(V x) {
     return p * (V)(((Bits)shifted + 127) << 23);
 #endif
   }
+}
+
+// The same for any x < 127: 0 from -127 down, and between there and -126 some number below 2^-126.
+template <class V>
+inline V exp2(V x) {
+  return exp2_within(sizeof(x[0]) == sizeof(double) ? x : larger(V{} - 127, x));
 }
 
 // log2(x) for x >= 1: exponent and a polynomial of the mantissa (within 1e-04), then a step of Newton's on 2^y = x.
@@ -261,7 +285,10 @@ inline void load_rows(Dtype dtype, const void* src, Rows from, int64_t channels,
       for (int64_t y = 0; y < rows; y++) {
         const auto* s = p + c * from.channel + y * from.row;
         A* d = dst + c * to.channel + y * to.row;
-        for (int64_t x = 0; x < last; x += kLanes<A>) store(d + x, load_converted<A>(s + x) * factor);
+        for (int64_t x = 0; x < last; x += kLanes<A>) {
+          __builtin_prefetch(s + x + from.channel, 0, 3);
+          store(d + x, load_converted<A>(s + x) * factor);
+        }
         // the last vector overlaps the one before
         if (last >= 0) store(d + last, load_converted<A>(s + last) * factor);
         for (int64_t x = 0; x < n && last < 0; x++) d[x] = factor * static_cast<A>(s[x]);

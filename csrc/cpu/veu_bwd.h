@@ -13,11 +13,11 @@ constexpr int64_t kRingElements = 1 << 20;  // of the excess, about
 
 template <class A>
 struct BackwardBuffers {
-  A *center, *passing, *sum, *weighted, *grad[3], *inner, *lse, *excess;
+  A *center, *passing, *sum, *weighted, *grad[3], *inner, *lse, *excess, *lengths;
   int64_t cleared = -1;  // the column whose tiles `passing` is prepared for
 
   static int64_t size(const VeuTiles<A>& t) {
-    return 3 * t.a.C * t.tile_size() + t.passing * (t.a.C + 5) * t.halo + 6 * max(t.padded_size(), t.halo);
+    return 3 * t.a.C * t.tile_size() + t.passing * (t.a.C + 5) * t.halo + 7 * max(t.padded_size(), t.halo);
   }
   BackwardBuffers(const VeuTiles<A>& t, Scratch<A>& scratch)
       : center(scratch.take(t.a.C * t.tile_size())),              // queries or keys of the tile
@@ -29,7 +29,8 @@ struct BackwardBuffers {
              scratch.take(max(t.padded_size(), t.halo))},
         inner(scratch.take(max(t.padded_size(), t.halo))),
         lse(scratch.take(max(t.padded_size(), t.halo))),
-        excess(scratch.take(max(t.padded_size(), t.halo))) {}
+        excess(scratch.take(max(t.padded_size(), t.halo))),
+        lengths(scratch.take(t.halo)) {}
 };
 
 // Log-sum-exp in base 2, with +inf where there is no key: 2^(s - inf) = 0 for every s.
@@ -48,88 +49,96 @@ inline void load_inner(const VeuTiles<A>& t, A* const* grad, int64_t n, A* v, A*
   }
 }
 
-// sum[r][c] += sum_g t[r][g] k[c][. + g] for R rows of a tile.
-template <int R, int G, class V, class A>
-COVER_INLINE void add_weighted(int64_t C, const V (*t)[G], const A* k, int64_t k_stride, A* sum, int64_t sum_row,
+// sum[r][c] += sum_g t[r][g] k[c][. + F + g] for R rows of a tile.
+template <int R, int F, int G, class A>
+COVER_INLINE void add_weighted(int64_t C, const Vec<A> (*t)[G], const A* k, int64_t k_stride, A* sum, int64_t sum_row,
                                int64_t sum_stride) {
   for (int64_t c = 0; c < C; c++) {
-    V to[R];
-    unroll<R>([&](auto r) COVER_INLINE_LAMBDA { to[r] = load_as<V>(sum + r * sum_row + c * sum_stride); });
+    Vec<A> to[R];
+    unroll<R>([&](auto r) COVER_INLINE_LAMBDA { to[r] = load(sum + r * sum_row + c * sum_stride); });
     unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
-      const V key = R == 1 ? load_as<V>(k + c * k_stride + g) : load_once<V>(k + c * k_stride + g);
+      const Vec<A> key = load_beside<F + g>(k + c * k_stride);
       unroll<R>([&](auto r) COVER_INLINE_LAMBDA { to[r] += t[r][g] * key; });
     });
     unroll<R>([&](auto r) COVER_INLINE_LAMBDA { store(sum + r * sum_row + c * sum_stride, to[r]); });
   }
 }
 
-// A block of key rows against kRows query rows: adds to sum, weighted [C, width] and excess [width] for G offsets, the
-// first of which is ox. Pointers are at the vector of voxels and the first offset.
-template <int G, bool kGroups, class V, class A>
+// A block of key rows against kRows query rows: adds to sum, weighted [C, width] and excess [width] for G offsets, of
+// which that of `keys` is ox. With kPlain all keys take part and no score is beyond kBound.
+template <int G, bool kGroups, bool kPlain, class A>
 __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBuffers<A>& s, int64_t row, int64_t x,
                                           const A* keys, const Passing& block, A ox) {
+  constexpr int F = -((G - 1) / 2);
   const int64_t C = t.a.C, row_size = C * t.width, at = row * t.width + x, first_row = row * row_size + x;
-  V base[kRows], grad_y[kRows], grad_x[kRows], lse[kRows], excess[kRows];
+  Vec<A> base[kRows], grad_y[kRows], grad_x[kRows], lse[kRows], excess[kRows];
   unroll<kRows>([&](auto r) COVER_INLINE_LAMBDA {
     const int64_t i = at + r * t.width;
-    grad_y[r] = load_as<V>(s.grad[1] + i);
-    grad_x[r] = load_as<V>(s.grad[2] + i);
-    base[r] = load_as<V>(s.grad[0] + i) * static_cast<A>(block.oz) - load_as<V>(s.inner + i) + grad_x[r] * ox;
-    lse[r] = load_as<V>(s.lse + i);
-    excess[r] = V{};
+    grad_y[r] = load(s.grad[1] + i);
+    grad_x[r] = load(s.grad[2] + i);
+    base[r] = load(s.grad[0] + i) * static_cast<A>(block.oz) - load(s.inner + i) + grad_x[r] * (ox + F);
+    lse[r] = load(s.lse + i);
+    excess[r] = Vec<A>{};
   });
   for_passing(block.seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
     const A* key = keys + i * (C + 1) * t.halo;
-    V w[rows][G], to[rows][G];
-    unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
-      const V bias = load_as<V>(key + C * t.halo + g);
-      unroll<rows>([&](auto j) COVER_INLINE_LAMBDA { w[j][g] = bias; });
-    });
-    dot<rows, G>(C, s.center + first_row + first * row_size, row_size, t.width, key, t.halo, w);
+    Vec<A> w[rows][G], to[rows][G];
+    unroll<rows>(
+        [&](auto j) COVER_INLINE_LAMBDA { unroll<G>([&](auto g) COVER_INLINE_LAMBDA { w[j][g] = -lse[first + j]; }); });
+    dot<rows, F, G>(0, C, s.center + first_row + first * row_size, row_size, t.width, key, t.halo, w);
     unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
       const int r = first + j;
-      V offset = base[r] + grad_y[r] * static_cast<A>(block.oy[r] + i);
+      Vec<A> offset = base[r] + grad_y[r] * static_cast<A>(block.oy[r] + i);
       unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
-        w[j][g] = exp2(w[j][g] - lse[r]);
+        if constexpr (kPlain)
+          w[j][g] = exp2_within(w[j][g]);
+        else
+          w[j][g] = where_set(exp2(w[j][g]), key + C * t.halo + F + g);
         to[j][g] = w[j][g] * offset;
         offset += grad_x[r];
         if (kGroups) excess[r] += to[j][g];
       });
     });
-    add_weighted<rows, G>(C, to, key, t.halo, s.sum + first_row + first * row_size, row_size, t.width);
-    if (kGroups) add_weighted<rows, G>(C, w, key, t.halo, s.weighted + first_row + first * row_size, row_size, t.width);
+    add_weighted<rows, F, G>(C, to, key, t.halo, s.sum + first_row + first * row_size, row_size, t.width);
+    if (kGroups)
+      add_weighted<rows, F, G>(C, w, key, t.halo, s.weighted + first_row + first * row_size, row_size, t.width);
   });
   unroll<kGroups ? kRows : 0>([&](auto r) COVER_INLINE_LAMBDA {
     if (block.seen[r].first >= block.seen[r].last) return;
     A* p = s.excess + at + r * t.width;
-    store(p, load_as<V>(p) + excess[r]);
+    store(p, load(p) + excess[r]);
   });
 }
 
-// A block of query rows, at -oz, -oy[r] - i, against kRows key rows: adds to sum [C, width] for G queries, the first of
-// which is ox away from the key. A query row is [C + 5, halo]: its features, -delta_j, g_z, g_y, g_x and its
-// log-sum-exp.
-template <int G, class V, class A>
+// A block of query rows, at -oz, -oy[r] - i, against kRows key rows: adds to sum [C, width] for G queries, of which
+// that of `queries` is ox away from the key. A query row is [C + 5, halo]: its features, -delta_j, g_z, g_y, g_x and
+// its log-sum-exp. kPlain is as above.
+template <int G, bool kPlain, class A>
 __attribute__((noinline)) void key_rows(const VeuTiles<A>& t, const BackwardBuffers<A>& s, int64_t row, int64_t x,
                                         const A* queries, const Passing& block, A ox) {
+  constexpr int F = -((G - 1) / 2);
   const int64_t C = t.a.C, row_size = C * t.width, first_row = row * row_size + x;
   for_passing(block.seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
     const A* query = queries + i * (C + 5) * t.halo;
     const A* base = query + C * t.halo;
     const A *grad_z = base + t.halo, *grad_y = grad_z + t.halo, *grad_x = grad_y + t.halo, *lse = grad_x + t.halo;
     const A z = static_cast<A>(block.oz), y = static_cast<A>(-block.oy[first] - i);
-    V w[rows][G] = {};
-    dot<rows, G>(C, s.center + first_row + first * row_size, row_size, t.width, query, t.halo, w);
+    Vec<A> w[rows][G];
     unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
-      const V slope = load_once<V>(grad_y + g), top = load_once<V>(lse + g);
-      V offset = load_as<V>(base + g) + load_as<V>(grad_x + g) * (ox - static_cast<A>(g)) + slope * y;
-      if (z != 0) offset -= load_as<V>(grad_z + g) * z;
+      const Vec<A> start = -load_once(lse + F + g);
+      unroll<rows>([&](auto j) COVER_INLINE_LAMBDA { w[j][g] = start; });
+    });
+    dot<rows, F, G>(0, C, s.center + first_row + first * row_size, row_size, t.width, query, t.halo, w);
+    unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
+      const Vec<A> slope = load_once(grad_y + F + g);
+      Vec<A> offset = load(base + F + g) + load(grad_x + F + g) * (ox - static_cast<A>(F + g)) + slope * y;
+      if (z != 0) offset -= load(grad_z + F + g) * z;
       unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
-        w[j][g] = exp2(w[j][g] - top) * offset;
+        w[j][g] = (kPlain ? exp2_within(w[j][g]) : exp2(w[j][g])) * offset;
         offset += slope;  // the next key row
       });
     });
-    add_weighted<rows, G>(C, w, query, t.halo, s.sum + first_row + first * row_size, row_size, t.width);
+    add_weighted<rows, F, G>(C, w, query, t.halo, s.sum + first_row + first * row_size, row_size, t.width);
   });
 }
 
@@ -140,6 +149,7 @@ inline void grad_queries(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTi
   const Veu& a = t.a;
   const int64_t size = t.padded_size();
   load_tile(t, tile, a.q, b, j, static_cast<A>(a.scale * kLog2e), s.center);
+  const A longest_query = longest_in_tile(t, tile, s.center);
   const auto load_acc = [&](const void* src, int64_t channels, int64_t c, A outside, A* dst) {
     fill(dst, size, outside);
     tile.for_rows(t, [&](int64_t z, int64_t y, int64_t row) {
@@ -160,20 +170,19 @@ inline void grad_queries(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTi
   s.cleared = tile.x;
   for_passing_rows(t, tile, [&](int64_t z, int64_t y, int64_t n) {
     load_keys(t, in, b, j, z, y, n, s.passing);
-    for_vectors<A>(tile.nx, [&](int64_t x, auto vector) {
+    Bounds<A> bounds{t, longest_query, s.passing, (a.C + 1) * t.halo, n, s.lengths};
+    for (int64_t x = 0; x < tile.nx; x += kLanes<A>) {
+      const bool plain = !sees_masked(t, tile, x) && bounds.hold(x);
       for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
-        for_chunks(2 * t.R[2] + 1, [&](int64_t o, auto G) {
-          const auto add_rows = [&](auto groups) {
-            query_rows<G, groups, decltype(vector)>(t, s, row, x, s.passing + t.left - t.R[2] + x + o, block,
-                                                    static_cast<A>(o - t.R[2]));
-          };
-          if (a.J > 1)
-            add_rows(std::true_type());
-          else
-            add_rows(std::false_type());
+        for_chunks(t.R[2], [&](int64_t o, auto G) {
+          with_constant(a.J > 1, [&](auto groups) {
+            with_constant(plain, [&](auto plain) {
+              query_rows<G, groups, plain>(t, s, row, x, s.passing + t.left + x + o, block, static_cast<A>(o));
+            });
+          });
         });
       });
-    });
+    }
   });
   tile.for_rows(t, [&](int64_t z, int64_t y, int64_t row) {
     for (int64_t c = 0; c < a.C; c++) {
@@ -194,6 +203,7 @@ inline void grad_keys(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<
                       const Excess& excess) {
   const Veu& a = t.a;
   load_tile(t, tile, a.k, b, j, A(1), s.center);
+  const A longest_key = longest_in_tile(t, tile, s.center);
   fill(s.sum, a.C * t.tile_size(), A(0));
   const Inside in = inside_row(t, tile);
   const int64_t row_size = (a.C + 5) * t.halo;
@@ -217,14 +227,17 @@ inline void grad_keys(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<
       }
       for (int64_t x = 0; x < t.halo; x++) base[x] = -s.inner[x];
     }
-    for_vectors<A>(tile.nx, [&](int64_t x, auto vector) {
+    Bounds<A> bounds{t, longest_key, s.passing, row_size, n, s.lengths};
+    for (int64_t x = 0; x < tile.nx; x += kLanes<A>) {
+      const bool plain = !sees_masked(t, tile, x) && bounds.hold(x);
       for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
-        for_chunks(2 * t.R[2] + 1, [&](int64_t o, auto G) {
-          key_rows<G, decltype(vector)>(t, s, row, x, s.passing + t.left - t.R[2] + x + o, block,
-                                        static_cast<A>(t.R[2] - o));
+        for_chunks(t.R[2], [&](int64_t o, auto G) {
+          with_constant(plain, [&](auto plain) {
+            key_rows<G, plain>(t, s, row, x, s.passing + t.left + x + o, block, static_cast<A>(-o));
+          });
         });
       });
-    });
+    }
   });
   tile.for_rows(t, [&](int64_t z, int64_t y, int64_t row) {
     const bool* mask = a.mask ? a.mask + at(t, b, 1, 0, z, y, tile.x) : nullptr;

@@ -1,0 +1,263 @@
+// VEU on the CPU: key rows pass a tile of query rows (veu_tiles.h).
+//
+// At one vector of voxels, two query rows keep their scores along W in registers. Scores are in base 2, with
+// scale * log2(e) folded into the queries. Where lengths of queries and keys bound them, as they nearly always do, the
+// softmax needs no maximum, and exponentials are computed between the multiply-adds of the next scores; else it is an
+// online one. Only the sum and the innermost moment are accumulated per key: the outer moments are the row's sum times
+// a constant. Nothing of size N^d exists anywhere. docs/performance.md counts what it costs.
+namespace cover {
+namespace COVER_ISA {
+
+constexpr double kSlack = 64;  // by as much scores may exceed what stands for their maximum, in powers of 2
+// Up to this, exponentials are computed between multiply-adds, given the registers.
+constexpr int64_t kFewChannels = COVER_REGISTERS >= 32 ? 16 : 0;
+
+// Softmax of a tile's rows: what is subtracted from scores (0, or a score that was the maximum once), sum of the
+// weights and their moments along the three axes, each [planes, rows, width].
+template <class A>
+struct Softmax {
+  A *top, *sum, *moment[3];
+  Softmax at(int64_t i) const { return {top + i, sum + i, {moment[0] + i, moment[1] + i, moment[2] + i}}; }
+};
+
+// What a block of key rows adds to it at one vector of voxels: the sum, and the moments along H, about the query, and
+// along W, about the middle of the offsets.
+template <class A>
+struct Sums {
+  Vec<A> sum{}, along_y{}, along_x{};
+};
+
+// Adds the weights of n offsets from the first on, of G, in a key row y away.
+template <int first, int n, int G, class A>
+COVER_INLINE void add_weights(const Vec<A>* w, A y, Sums<A>& sums) {
+  constexpr double middle = (G - 1) / 2.0;
+  Vec<A> total = w[0], moment = w[0] * static_cast<A>(first - middle);
+  unroll<n - 1>([&](auto i) COVER_INLINE_LAMBDA {
+    total += w[i + 1];
+    if constexpr (first + i + 1 != middle) moment += w[i + 1] * static_cast<A>(first + i + 1 - middle);
+  });
+  sums.sum += total;
+  sums.along_x += moment;
+  sums.along_y += total * y;
+}
+
+// Adds a block's sums to a row's softmax, each times a factor.
+template <class A, class Factor>
+COVER_INLINE void add_sums(const Softmax<A>& state, Factor decay, const Sums<A>& sums, Factor weight, A middle, A oz) {
+  const auto add = [&](A* to, Vec<A> value) COVER_INLINE_LAMBDA { store(to, load(to) * decay + value * weight); };
+  add(state.sum, sums.sum);
+  add(state.moment[2], sums.along_x + sums.sum * middle);
+  add(state.moment[1], sums.along_y);
+  add(state.moment[0], sums.sum * oz);
+}
+
+// Dot products with G neighbours while n earlier ones turn into weights. Exponentials occupy other units of a processor
+// than multiply-adds, but it does not look far enough ahead to find that out by itself.
+template <int R, int F, int G, int n, class A>
+COVER_INLINE void dot_and_exp2(int64_t C, const A* q, int64_t q_row, int64_t q_stride, const A* k, int64_t k_stride,
+                               Vec<A> (*s)[G], Vec<A> (*earlier)[n]) {
+  unroll<R * n>([&](auto i) COVER_INLINE_LAMBDA {
+    if constexpr (i == 0)
+      add_channel<R, F, G, true>(q, q_row, k, s);
+    else if (i < C)
+      add_channel<R, F, G, false>(q + i * q_stride, q_row, k + i * k_stride, s);
+    Vec<A>& x = earlier[i % R][i / R];
+    x = exp2_within(x);
+  });
+  dot<R, F, G>(R * n, C, q, q_row, q_stride, k, k_stride, s);
+}
+
+// Key rows begin..end - 1 of a block against R query rows, oy away from the first, all of which see them.
+template <int R, int G, bool kMasked, class A>
+COVER_INLINE void bounded_rows(const VeuTiles<A>& t, const A* q, const A* keys, int64_t begin, int64_t end,
+                               const int64_t* oy, Sums<A>* sums) {
+  if (begin >= end) return;
+  constexpr int G1 = (G + 1) / 2, G2 = G / 2, F = -((G - 1) / 2);  // two halves; the first offset
+  using First = std::integral_constant<int, 0>;
+  using Second = std::integral_constant<int, G1>;
+  const int64_t C = t.a.C, q_row = C * t.width, row = (C + 1) * t.halo;
+  keys += begin * row;
+  const auto to_weights = [&](auto& s) COVER_INLINE_LAMBDA {
+    unroll<R>([&](auto r) COVER_INLINE_LAMBDA {
+      for (auto& x : s[r]) x = exp2_within(x);
+    });
+  };
+  // adds weights of key row i, which `keys` points at, from offset F + first on
+  const auto add = [&](auto first, auto& w, int64_t i) COVER_INLINE_LAMBDA {
+    constexpr int n = sizeof(w[0]) / sizeof(w[0][0]);
+    unroll<R>([&](auto r) COVER_INLINE_LAMBDA {
+      unroll<kMasked ? n : 0>(
+          [&](auto g) COVER_INLINE_LAMBDA { w[r][g] = where_set(w[r][g], keys + C * t.halo + F + first + g); });
+      add_weights<first, n, G>(w[r], static_cast<A>(oy[r] + i), sums[r]);
+    });
+  };
+  if (G2 == 0 || C > kFewChannels) {
+    for (int64_t i = begin; i < end; i++, keys += row) {
+      Vec<A> s[R][G] = {};
+      dot<R, F, G>(0, C, q, q_row, t.width, keys, t.halo, s);
+      to_weights(s);
+      add(First(), s, i);
+    }
+  } else if constexpr (G2 > 0) {
+    Vec<A> s1[R][G1] = {}, s2[R][G2];
+    dot<R, F, G1>(0, C, q, q_row, t.width, keys, t.halo, s1);
+    for (int64_t i = begin; i < end; i++, keys += row) {
+      dot_and_exp2<R, F + G1>(C, q, q_row, t.width, keys, t.halo, s2, s1);
+      add(First(), s1, i);
+      if (i + 1 < end)
+        dot_and_exp2<R, F>(C, q, q_row, t.width, keys + row, t.halo, s1, s2);
+      else
+        to_weights(s2);
+      add(Second(), s2, i);
+    }
+  }
+}
+
+// A block of key rows against kRows query rows: G offsets, of which the middle one is `middle`. No score is beyond
+// kBound, so that 0 stands for the maximum. q, keys and state point at the vector of voxels and the chunk's offset.
+template <int G, bool kMasked, class A>
+__attribute__((noinline)) void forward_rows(const VeuTiles<A>& t, const A* q, const A* keys, const Passing& block,
+                                            A middle, const Softmax<A>& state) {
+  Sums<A> sums[kRows];
+  const Reach(&seen)[kRows] = block.seen;
+  if constexpr (kRows == 1) {
+    bounded_rows<1, G, kMasked>(t, q, keys, seen[0].first, seen[0].last, block.oy, sums);
+  } else {
+    const int64_t begin = seen[1].first, end = seen[0].last;  // of what both see
+    const A* second = q + t.a.C * t.width;
+    bounded_rows<1, G, kMasked>(t, q, keys, seen[0].first, min(begin, end), block.oy, sums);
+    bounded_rows<2, G, kMasked>(t, q, keys, begin, end, block.oy, sums);
+    bounded_rows<1, G, kMasked>(t, second, keys, max(begin, end), seen[1].last, block.oy + 1, sums + 1);
+  }
+  unroll<kRows>([&](auto r) COVER_INLINE_LAMBDA {
+    if (seen[r].first >= seen[r].last) return;
+    const Softmax<A> own = state.at(r * t.width);
+    const Vec<A> top = load(own.top);
+    if (__builtin_expect(any(top != A(0)), 0)) {
+      const Vec<A> now = larger(top, Vec<A>{});
+      store(own.top, now);
+      add_sums(own, exp2(top - now), sums[r], exp2(-now), middle, static_cast<A>(block.oz));
+    } else {
+      add_sums(own, A(1), sums[r], A(1), middle, static_cast<A>(block.oz));
+    }
+  });
+}
+
+// A block of key rows against one query row, whatever the scores. What stands for the maximum is raised where a score
+// exceeds it by more than kSlack.
+template <int G, class A>
+__attribute__((noinline)) void general_rows(const VeuTiles<A>& t, const A* q, const A* keys, Reach seen, int64_t oz,
+                                            int64_t oy, A middle, const Softmax<A>& state) {
+  constexpr int F = -((G - 1) / 2);
+  const int64_t C = t.a.C;
+  const Vec<A> before = load(state.top), one = splat(A(1)), none = splat(-kInf<A>);
+  Vec<A> top = before, limit = load(state.sum) == A(0) ? none : splat(static_cast<A>(kSlack));
+  Sums<A> sums;
+  for (int64_t i = seen.first; i < seen.last; i++) {
+    const A* row = keys + i * (C + 1) * t.halo;
+    Vec<A> s[1][G], peak = none;
+    for (int g = 0; g < G; g++) s[0][g] = where_set(one, row + C * t.halo + F + g) == A(0) ? none : -top;
+    dot<1, F, G>(0, C, q, 0, t.width, row, t.halo, s);
+    for (int g = 0; g < G; g++) peak = larger(s[0][g], peak);
+    const auto raised = peak > limit;
+    if (any(raised)) {
+      const Vec<A> now = raised ? top + peak : top, by = now - top;
+      const Vec<A> decay = exp2(by < A(0) ? Vec<A>{} : -by);  // below 0 where there was no key before
+      top = now;
+      limit = raised ? splat(static_cast<A>(kSlack)) : limit;
+      sums = {sums.sum * decay, sums.along_y * decay, sums.along_x * decay};
+      for (int g = 0; g < G; g++) s[0][g] -= by;
+    }
+    for (int g = 0; g < G; g++) s[0][g] = exp2(s[0][g]);
+    add_weights<0, G, G>(s[0], static_cast<A>(oy + i), sums);
+  }
+  const Vec<A> by = top - before;
+  store(state.top, top);
+  add_sums(state, exp2(by < A(0) ? Vec<A>{} : -by), sums, one, middle, static_cast<A>(oz));
+}
+
+template <class A>
+struct ForwardBuffers {
+  A *q, *keys, *state, *out, *lengths;
+  int64_t cleared = -1;  // the column whose tiles `keys` is prepared for
+
+  static int64_t size(const VeuTiles<A>& t) {
+    return (t.a.C + 3) * t.tile_size() + 5 * t.padded_size() + t.passing * (t.a.C + 1) * t.halo + t.halo;
+  }
+  ForwardBuffers(const VeuTiles<A>& t, Scratch<A>& scratch)
+      : q(scratch.take(t.a.C * t.tile_size())),
+        keys(scratch.take(t.passing * (t.a.C + 1) * t.halo)),
+        state(scratch.take(5 * t.padded_size())),
+        out(scratch.take(3 * t.tile_size())),
+        lengths(scratch.take(t.halo)) {}
+};
+
+// v and lse of one tile; `out` [3, planes, rows, width] sums the groups.
+template <class A>
+inline void forward_tile(const VeuTiles<A>& t, int64_t b, const VeuTile<A>& tile, ForwardBuffers<A>& s) {
+  const Veu& a = t.a;
+  const int64_t size = t.tile_size(), padded = t.padded_size();
+  const Inside in = inside_row(t, tile);
+  fill(s.out, 3 * size, A(0));
+  if (s.cleared != tile.x) clear_keys(t, in, s.keys);
+  s.cleared = tile.x;
+  for (int64_t j = 0; j < a.J; j++) {
+    load_tile(t, tile, a.q, b, j, static_cast<A>(a.scale * kLog2e), s.q);
+    const A longest_query = longest_in_tile(t, tile, s.q);
+    fill(s.state, 5 * padded, A(0));
+    A* const p = s.state;
+    const Softmax<A> state{p, p + padded, {p + 2 * padded, p + 3 * padded, p + 4 * padded}};
+    for_passing_rows(t, tile, [&](int64_t z, int64_t y, int64_t n) {
+      load_keys(t, in, b, j, z, y, n, s.keys);
+      Bounds<A> bounds{t, longest_query, s.keys, (a.C + 1) * t.halo, n, s.lengths};
+      for (int64_t x = 0; x < tile.nx; x += kLanes<A>) {
+        const bool bounded = bounds.hold(x), masked = sees_masked(t, tile, x);
+        for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
+          for_chunks(t.R[2], [&](int64_t o, auto G) {
+            const A *q = s.q + row * a.C * t.width + x, *keys = s.keys + t.left + x + o;
+            const A middle = static_cast<A>(o + (G % 2 ? 0 : 0.5));
+            const Softmax<A> own = state.at(row * t.width + x);
+            for (int r = 0; !bounded && r < kRows; r++)
+              general_rows<G>(t, q + r * a.C * t.width, keys, block.seen[r], block.oz, block.oy[r], middle,
+                              own.at(r * t.width));
+            if (bounded)
+              with_constant(masked, [&](auto masked) { forward_rows<G, masked>(t, q, keys, block, middle, own); });
+          });
+        });
+      }
+    });
+    tile.for_rows(t, [&](int64_t z, int64_t y, int64_t row) {
+      const Softmax<A> m = state.at(row * t.width);
+      for (int64_t x = 0; x < t.width; x += kLanes<A>) {
+        const Vec<A> sum = load(m.sum + x);
+        // 1 where there is no key: the moments are 0 there
+        const Vec<A> weight = static_cast<A>(1.0 / a.J) / (sum == A(0) ? splat(A(1)) : sum);
+        for (int i = 0; i < 3; i++) {
+          A* out = s.out + i * size + row * t.width + x;
+          store(out, load(out) + load(m.moment[i] + x) * weight);
+        }
+        const Vec<A> lse = (load(m.top + x) + log2(sum == A(0) ? splat(A(1)) : sum)) * static_cast<A>(kLn2);
+        store(m.top + x, sum == A(0) ? splat(-kInf<A>) : lse);
+      }
+      std::memcpy(static_cast<A*>(a.lse) + at(t, b, a.J, j, z, y, tile.x), m.top, tile.nx * sizeof(A));
+    });
+  }
+  for (int64_t i = 0; i < a.d; i++)
+    tile.for_rows(t, [&](int64_t z, int64_t y, int64_t row) {
+      std::memcpy(static_cast<A*>(a.v) + at(t, b, a.d, i, z, y, tile.x), s.out + (3 - a.d + i) * size + row * t.width,
+                  tile.nx * sizeof(A));
+    });
+}
+
+template <class A>
+inline void veu_fwd(const Veu& a) {
+  const VeuTiles<A> t(a);
+  parallel_for(a.B * t.n, [&](int64_t begin, int64_t end) {
+    Scratch<A> scratch(ForwardBuffers<A>::size(t));
+    ForwardBuffers<A> buffers(t, scratch);
+    for (int64_t i = begin; i < end; i++) forward_tile(t, i / t.n, VeuTile<A>(t, i % t.n), buffers);
+  });
+}
+
+}  // namespace COVER_ISA
+}  // namespace cover

@@ -1,0 +1,338 @@
+// What VEU's forward and backward share: how a call is cut into tiles, the copying of key rows with their halo, and the
+// passing of those by pairs of a tile's rows.
+//
+// A tile is `planes` by `rows` voxel rows of `width` voxels; lanes are neighbouring voxels along W. Every row that some
+// window of the tile sees is copied once into a zero-padded buffer (which also converts the storage type), a block of
+// rows at a time, and used by all rows of the tile within reach. Two rows of the tile share each load of a passing one.
+namespace cover {
+namespace COVER_ISA {
+
+constexpr int kChunk = 8;  // scores of a row that are in registers at once; wider windows take several chunks
+constexpr int kRows = COVER_REGISTERS >= 32 ? 2 : 1;  // rows of a tile that share the loads: what registers allow
+constexpr int64_t kTileElements = 65536;              // of a tile's features: a quarter of a second-level cache of 1 MB
+constexpr int64_t kPassingElements = 98304;           // of the rows that pass it and are in memory at once: somewhat more
+constexpr int64_t kTileRows = 16, kTilePlanes = 8;    // of a tile at most,
+constexpr int64_t kFewTiles = 4;                      // and fewer planes rather than fewer tiles than this
+constexpr double kBound = 48;  // scores up to this, in powers of 2, are safe without their maximum
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// The geometry of a VEU call: how it is cut into tiles.
+template <class A>
+struct VeuTiles {
+  const Veu& a;
+  int64_t D, H, W, R[3];        // R: the window's radii
+  int64_t planes, rows, width;  // of a tile; width is a multiple of the lanes
+  int64_t left, halo;           // of a padded row: where the tile's first voxel is, and its width
+  int64_t passing;              // padded rows that are in memory at once
+  int64_t nz, ny, nx, n;        // tiles along D, H and W, and per (batch or group)
+
+  explicit VeuTiles(const Veu& a) : a(a), D(a.S[0]), H(a.S[1]), W(a.S[2]) {
+    // a window wider than the image sees no more than one as wide as the image
+    for (int i = 0; i < 3; i++) R[i] = min((a.N[i] - 1) / 2, a.S[i] - 1);
+    const int64_t lanes = kLanes<A>;
+    int64_t most = kTileRows;
+    while (most > 1 && a.C * most * lanes > kTileElements) most /= 2;
+    split(H, most, rows, ny, kRows);
+    width = max(lanes, min(round_up(W, lanes), kTileElements / (a.C * rows) / lanes * lanes));
+    nx = (W + width - 1) / width;
+    // a plane of keys is copied once for all planes of a tile that see it
+    most = min<int64_t>(kTilePlanes, max<int64_t>(1, kTileElements / (a.C * rows * width)));
+    while (most > 1 && a.B * ((D + most - 1) / most) * ny * nx < kFewTiles) most--;
+    split(D, most, planes, nz, 1);
+    left = round_up(R[2], lanes);
+    halo = round_up(left + width + R[2], lanes);
+    passing = max<int64_t>(1, min(min(rows + 2 * R[1], H), kPassingElements / ((a.C + 1) * halo)));
+    n = nz * ny * nx;
+  }
+
+  // Cuts `size` into the fewest parts of at most `most`, as even as can be, each but the last a multiple of `unit`.
+  static void split(int64_t size, int64_t most, int64_t& part, int64_t& parts, int64_t unit) {
+    parts = (size + most - 1) / most;
+    part = min(most, round_up((size + parts - 1) / parts, unit));
+    parts = (size + part - 1) / part;
+  }
+
+  // Elements of a channel of a tile; and with the row more that a pair of rows at an odd end looks at.
+  int64_t tile_size() const { return planes * rows * width; }
+  int64_t padded_size() const { return tile_size() + width; }
+
+  // Rows (z, y..) of the channels of group j in batch b, from voxel x on.
+  Rows rows_of(int64_t b, int64_t j, int64_t z, int64_t y, int64_t x) const {
+    return {((b * a.J + j) * a.C * D + z) * H * W + y * W + x, D * H * W, W};
+  }
+};
+
+// One tile: its origin and its extent inside the image.
+template <class A>
+struct VeuTile {
+  int64_t z, y, x, nz, ny, nx;
+
+  VeuTile(const VeuTiles<A>& t, int64_t tile)
+      : z(tile / (t.ny * t.nx) * t.planes),
+        y(tile / t.nx % t.ny * t.rows),
+        x(tile % t.nx * t.width),
+        nz(min(t.planes, t.D - z)),
+        ny(min(t.rows, t.H - y)),
+        nx(min(t.width, t.W - x)) {}
+
+  // Calls f(z, y, row of the tile) for every row.
+  template <class F>
+  void for_rows(const VeuTiles<A>& t, const F& f) const {
+    for (int64_t i = 0; i < nz; i++)
+      for (int64_t k = 0; k < ny; k++) f(z + i, y + k, i * t.rows + k);
+  }
+};
+
+// Offset of voxel (z, y, x) of channel c, of `channels`, in batch b.
+template <class A>
+inline int64_t at(const VeuTiles<A>& t, int64_t b, int64_t channels, int64_t c, int64_t z, int64_t y, int64_t x) {
+  return (((b * channels + c) * t.D + z) * t.H + y) * t.W + x;
+}
+
+// Queries (or keys) of a tile in group j: dst [planes, rows, C, width], zero beyond the image.
+template <class A>
+inline void load_tile(const VeuTiles<A>& t, const VeuTile<A>& tile, const void* src, int64_t b, int64_t j, A factor,
+                      A* dst) {
+  const int64_t C = t.a.C, row = C * t.width;
+  for (int64_t i = 0; i < tile.nz; i++)
+    load_rows(t.a.dtype, src, t.rows_of(b, j, tile.z + i, tile.y, tile.x), C, tile.ny, tile.nx, factor,
+              dst + i * t.rows * row, {0, t.width, row});
+  for (int64_t i = 0; tile.nx < t.width && i < tile.nz * t.rows * C; i++)
+    fill(dst + i * t.width + tile.nx, t.width - tile.nx, A(0));
+}
+
+// The part of a padded row that lies inside the image: dst[begin..end) holds voxels x0..
+struct Inside {
+  int64_t begin, end, x0;
+};
+template <class A>
+inline Inside inside_row(const VeuTiles<A>& t, const VeuTile<A>& tile) {
+  const int64_t x0 = max<int64_t>(0, tile.x - t.R[2]), x1 = min(t.W, tile.x + t.width + t.R[2]);
+  return {t.left + x0 - tile.x, t.left + x1 - tile.x, x0};
+}
+
+// Fills a padded row outside the image.
+template <class A>
+inline void fill_outside(const VeuTiles<A>& t, const Inside& in, A value, A* dst) {
+  fill(dst, in.begin, value);
+  fill(dst + in.end, t.halo - in.end, value);
+}
+
+// One row of an acc tensor [.., *S] with its halo, `outside` beyond the image.
+template <class A>
+inline void load_halo(const VeuTiles<A>& t, const Inside& in, const void* src, int64_t row, A outside, A* dst) {
+  fill_outside(t, in, outside, dst);
+  std::memcpy(dst + in.begin, static_cast<const A*>(src) + row + in.x0, (in.end - in.begin) * sizeof(A));
+}
+
+// Feature rows (z, y..) of group j inside the image: n rows, `row` apart, of dst [C, halo].
+template <class A>
+inline void load_features(const VeuTiles<A>& t, const Inside& in, const void* src, int64_t b, int64_t j, int64_t z,
+                          int64_t y, int64_t n, A factor, A* dst, int64_t row) {
+  load_rows(t.a.dtype, src, t.rows_of(b, j, z, y, in.x0), t.a.C, n, in.end - in.begin, factor, dst,
+            {in.begin, t.halo, row});
+}
+
+// What lies outside the image in `passing` rows of features [C, halo] and what follows them, `row` apart: zeros.
+template <class A>
+inline void clear_features(const VeuTiles<A>& t, const Inside& in, A* dst, int64_t row) {
+  for (int64_t i = 0; i < t.passing; i++)
+    for (int64_t c = 0; c < t.a.C; c++) fill_outside(t, in, A(0), dst + i * row + c * t.halo);
+}
+
+// Key rows with their halo, of features [C, halo] and a row of bits [halo]: set where a key takes part, else not.
+// What does not depend on the rows is written once for all tiles between the same columns.
+template <class A>
+inline void clear_keys(const VeuTiles<A>& t, const Inside& in, A* keys) {
+  const int64_t row = (t.a.C + 1) * t.halo;
+  clear_features(t, in, keys, row);
+  for (int64_t i = 0; i < t.passing; i++) {
+    A* part = keys + i * row + t.a.C * t.halo;
+    fill_outside(t, in, A(0), part);
+    fill(part + in.begin, in.end - in.begin, all_bits<A>());
+  }
+}
+
+// Whether some window of the vector at x of a tile reaches beyond the image along W, or there is a mask.
+template <class A>
+inline bool sees_masked(const VeuTiles<A>& t, const VeuTile<A>& tile, int64_t x) {
+  return t.a.mask || tile.x + x < t.R[2] || tile.x + x + kLanes<A> + t.R[2] > t.W;
+}
+
+// Key rows (z, y..), n of them, into what `clear_keys` prepared. Keys that do not take part are zero, so that nothing
+// they hold (a NaN, say) reaches the sums.
+template <class A>
+inline void load_keys(const VeuTiles<A>& t, const Inside& in, int64_t b, int64_t j, int64_t z, int64_t y, int64_t n,
+                      A* keys) {
+  const Veu& a = t.a;
+  const int64_t row = (a.C + 1) * t.halo;
+  load_features(t, in, a.k, b, j, z, y, n, A(1), keys, row);
+  for (int64_t y1 = 0; a.mask && y1 < n; y1++) {
+    const bool* mask = a.mask + at(t, b, 1, 0, z, y + y1, in.x0);
+    A *key = keys + y1 * row, *part = key + a.C * t.halo;
+    for (int64_t i = in.begin; i < in.end; i++) {
+      part[i] = mask[i - in.begin] ? all_bits<A>() : A(0);
+      for (int64_t c = 0; !mask[i - in.begin] && c < a.C; c++) key[c * t.halo + i] = 0;
+    }
+  }
+}
+
+// One channel of the dot products of R rows of a tile with G neighbours of a passing row, of which the first is F away
+// from k: s[r][g] += q[r] * k[. + F + g], or, with kFirst, the first of these summands.
+template <int R, int F, int G, bool kFirst, class A>
+COVER_INLINE void add_channel(const A* q, int64_t q_row, const A* k, Vec<A> (*s)[G]) {
+  Vec<A> query[R];
+  unroll<R>([&](auto r) COVER_INLINE_LAMBDA { query[r] = load_once(q + r * q_row); });
+  unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
+    const Vec<A> key = load_once(k + F + g);
+    unroll<R>([&](auto r) COVER_INLINE_LAMBDA {
+      if constexpr (kFirst)
+        s[r][g] = query[r] * key;
+      else
+        s[r][g] += query[r] * key;
+    });
+  });
+}
+
+// Adds channels c.. to dot products: s[r][g] += sum_c q[r][c] * k[c][. + F + g]
+template <int R, int F, int G, class A>
+COVER_INLINE void dot(int64_t c, int64_t C, const A* q, int64_t q_row, int64_t q_stride, const A* k, int64_t k_stride,
+                      Vec<A> (*s)[G]) {
+  for (; c < C; c++) {
+    Vec<A> query[R];
+    unroll<R>([&](auto r) COVER_INLINE_LAMBDA { query[r] = load_once(q + r * q_row + c * q_stride); });
+    unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
+      const Vec<A> key = load_beside<F + g>(k + c * k_stride);
+      unroll<R>([&](auto r) COVER_INLINE_LAMBDA { s[r][g] += query[r] * key; });
+    });
+  }
+}
+
+// The largest squared length of the C features of a voxel, in n rows `row` apart, at one vector of voxels.
+template <class A>
+inline A longest(int64_t C, const A* p, int64_t stride, int64_t n, int64_t row) {
+  Vec<A> most{};
+  for (int64_t i = 0; i < n; i++) {
+    Vec<A> sum{};
+    for (int64_t c = 0; c < C; c++) {
+      const Vec<A> x = load(p + i * row + c * stride);
+      sum += x * x;
+    }
+    most = larger(sum, most);  // no NaN: whatever bounds it, all that comes of it is NaN
+  }
+  A length = 0;
+  for (int64_t i = 0; i < kLanes<A>; i++) length = max(length, most[i]);
+  return length;
+}
+
+// Bounds of the scores between a tile and a block of n rows [.., halo] that passes it, `row` apart, by the
+// Cauchy-Schwarz inequality. Squared lengths of the rows' features are found vector by vector, as they are asked for.
+template <class A>
+struct Bounds {
+  const VeuTiles<A>& t;
+  A tile;  // the largest squared length of its features
+  const A* rows;
+  int64_t row, n;
+  A* lengths;  // [halo / lanes], of which `known` are set
+  int64_t known = 0;
+
+  // Whether no score of the vector at x of the tile is beyond kBound.
+  bool hold(int64_t x) {
+    constexpr int64_t lanes = kLanes<A>;
+    const int64_t first = (t.left + x - t.R[2]) / lanes, last = (t.left + x + lanes + t.R[2] - 1) / lanes;
+    for (; known <= last; known++) lengths[known] = longest(t.a.C, rows + known * lanes, t.halo, n, row);
+    A most = 0;
+    for (int64_t i = first; i <= last; i++) most = max(most, lengths[i]);
+    return tile * most <= static_cast<A>(kBound * kBound);
+  }
+};
+
+// The largest squared length of the features [planes, rows, C, width] of a tile.
+template <class A>
+inline A longest_in_tile(const VeuTiles<A>& t, const VeuTile<A>& tile, const A* features) {
+  const int64_t row = t.a.C * t.width;
+  A most = 0;
+  for (int64_t i = 0; i < tile.nz; i++)
+    for (int64_t x = 0; x < tile.nx; x += kLanes<A>)
+      most = max(most, longest(t.a.C, features + i * t.rows * row + x, t.width, tile.ny, row));
+  return most;
+}
+
+// Calls f with a condition as a constant.
+template <class F>
+COVER_INLINE void with_constant(bool condition, const F& f) {
+  condition ? f(std::true_type()) : f(std::false_type());
+}
+
+// Cuts the offsets -R..R into chunks and calls f(o, G) for each: G of them, a constant, of which the one with (G - 1) / 2
+// before it is o.
+template <class F>
+inline void for_chunks(int64_t R, const F& f) {
+  int64_t first = -R;
+  const auto chunk = [&](auto G) {
+    f(first + (G - 1) / 2, G);
+    first += G;
+  };
+  while (R + 1 - first >= kChunk) chunk(std::integral_constant<int, kChunk>());
+  switch (R + 1 - first) {
+    case 1: return chunk(std::integral_constant<int, 1>());
+    case 3: return chunk(std::integral_constant<int, 3>());
+    case 5: return chunk(std::integral_constant<int, 5>());
+    case 7: return chunk(std::integral_constant<int, 7>());
+  }
+}
+
+// Calls f(z, y, n) for blocks of n rows (z, y..) that pass a tile: all that its windows see.
+template <class A, class F>
+inline void for_passing_rows(const VeuTiles<A>& t, const VeuTile<A>& tile, const F& f) {
+  const int64_t y0 = max<int64_t>(0, tile.y - t.R[1]), y1 = min(t.H, tile.y + tile.ny + t.R[1]);
+  for (int64_t z = max<int64_t>(0, tile.z - t.R[0]); z < min(t.D, tile.z + tile.nz + t.R[0]); z++)
+    for (int64_t y = y0; y < y1; y += t.passing) f(z, y, min(t.passing, y1 - y));
+}
+
+// Rows first..last - 1 of a block that passes a tile.
+struct Reach {
+  int64_t first, last;
+};
+
+// A block of rows that passes kRows neighbouring rows of a tile: what each of them sees of it, and how far its first
+// row is from theirs along D and H.
+struct Passing {
+  Reach seen[kRows];
+  int64_t oz, oy[kRows];
+};
+
+// For each kRows neighbouring rows of a tile whose windows reach plane z, calls f(the first of them, their view of the
+// block of n rows (z, y..)).
+template <class A, class F>
+inline void for_row_pairs(const VeuTiles<A>& t, const VeuTile<A>& tile, int64_t z, int64_t y, int64_t n, const F& f) {
+  for (int64_t i = max<int64_t>(0, z - t.R[0] - tile.z); i < min(tile.nz, z + t.R[0] + 1 - tile.z); i++)
+    for (int64_t row = 0; row < tile.ny; row += kRows) {
+      Passing block;
+      block.oz = z - (tile.z + i);
+      for (int r = 0; r < kRows; r++) {
+        const int64_t oy = block.oy[r] = y - (tile.y + row + r);
+        block.seen[r] = {min(n, max<int64_t>(0, -t.R[1] - oy)), max<int64_t>(0, min(n, t.R[1] + 1 - oy))};
+        if (row + r >= tile.ny) block.seen[r] = {n, n};
+      }
+      f(i * t.rows + row, block);
+    }
+}
+
+// Calls f(how many rows of the pair, the first of them, passing row), numbers of rows as constants, for each passing
+// row that one or both of two neighbouring rows see.
+template <class F>
+COVER_INLINE void for_passing(const Reach (&seen)[kRows], const F& f) {
+  using One = std::integral_constant<int, 1>;
+  using Zero = std::integral_constant<int, 0>;
+  if constexpr (kRows == 1) {
+    for (int64_t i = seen[0].first; i < seen[0].last; i++) f(One(), Zero(), i);
+  } else {
+    for (int64_t i = seen[0].first; i < min(seen[0].last, seen[1].first); i++) f(One(), Zero(), i);
+    for (int64_t i = seen[1].first; i < seen[0].last; i++) f(std::integral_constant<int, 2>(), Zero(), i);
+    for (int64_t i = max(seen[0].last, seen[1].first); i < seen[1].last; i++) f(One(), One(), i);
+  }
+}
+
+}  // namespace COVER_ISA
+}  // namespace cover
