@@ -69,27 +69,27 @@ template <class A>
 constexpr A kInf = std::numeric_limits<A>::infinity();
 
 template <class A>
-inline Vec<A> load(const A* p) {
+COVER_INLINE Vec<A> load(const A* p) {
   Vec<A> v;
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
 
 template <class V, class A>
-inline V load_as(const A* p) {
+COVER_INLINE V load_as(const A* p) {
   V v;
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
 
 template <class A, class V>
-inline void store(A* p, V v) {
+COVER_INLINE void store(A* p, V v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
 // Loads once what several instructions use: g++ makes each of them load it again.
 template <class A>
-inline Vec<A> load_once(const A* p) {
+COVER_INLINE Vec<A> load_once(const A* p) {
   Vec<A> v = load(p);
 #if defined(__x86_64__)
   asm("" : "+v"(v));
@@ -127,7 +127,7 @@ COVER_INLINE void unroll(const F& f) {
 
 // a > b ? a : b, and so b where one is NaN: one instruction, which compilers do not see where a is a constant.
 template <class V>
-inline V larger(V a, V b) {
+COVER_INLINE V larger(V a, V b) {
 #if COVER_BYTES == 64
   if constexpr (sizeof(a[0]) == 4 && sizeof(V) == 64) return (V)_mm512_max_ps((__m512)a, (__m512)b);
 #endif
@@ -139,14 +139,14 @@ inline V larger(V a, V b) {
 
 // v where all bits of *p are set, 0 where none is.
 template <class A>
-inline Vec<A> where_set(Vec<A> v, const A* p) {
+COVER_INLINE Vec<A> where_set(Vec<A> v, const A* p) {
   using Bits = Vec<std::conditional_t<sizeof(A) == 8, int64_t, int32_t>>;
   return (Vec<A>)((Bits)v & load_as<Bits>(p));
 }
 
 // Whether any element of a comparison is true.
 template <class M>
-inline bool any(M m) {
+COVER_INLINE bool any(M m) {
 #if COVER_BYTES == 64
   if constexpr (sizeof(m) == 64) return _mm512_test_epi32_mask((__m512i)m, (__m512i)m) != 0;
 #endif
@@ -160,7 +160,7 @@ inline bool any(M m) {
 
 #if COVER_BYTES == 64
 // Element (i & 31) of 32 numbers, for every i.
-inline Vec<int32_t> lookup(const int32_t* table, Vec<int32_t> i) {
+COVER_INLINE Vec<int32_t> lookup(const int32_t* table, Vec<int32_t> i) {
   return (Vec<int32_t>)_mm512_permutex2var_epi32(_mm512_load_si512(table), (__m512i)i, _mm512_load_si512(table + 16));
 }
 
@@ -172,13 +172,17 @@ alignas(64) constexpr int32_t kExp2Table[32] = {
     0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
 #endif
 
+inline __attribute__((noinline)) Vec<double> exp2_of_doubles(Vec<double> x) {
+  for (int64_t i = 0; i < kLanes<double>; i++) x[i] = ::exp2(x[i]);
+  return x;
+}
+
 // 2^x for |x| < 126, relative error below 1.6e-7; exactly 1 at 0; NaN stays NaN. All of it is a product of two factors,
 // so that a NaN survives whatever the bits of the other one.
 template <class V>
-inline V exp2_within(V x) {
+COVER_INLINE V exp2_within(V x) {
   if constexpr (sizeof(x[0]) == sizeof(double)) {
-    for (size_t i = 0; i < sizeof(V) / sizeof(double); i++) x[i] = ::exp2(x[i]);
-    return x;
+    return exp2_of_doubles(x);
   } else {
     using Bits = Lanes<int32_t, sizeof(V) / sizeof(float)>;
 #if COVER_BYTES == 64
@@ -203,7 +207,7 @@ inline V exp2_within(V x) {
 
 // The same for any x < 127: 0 from -127 down, and between there and -126 some number below 2^-126.
 template <class V>
-inline V exp2(V x) {
+COVER_INLINE V exp2(V x) {
   return exp2_within(sizeof(x[0]) == sizeof(double) ? x : larger(V{} - 127, x));
 }
 
@@ -286,7 +290,7 @@ inline void load_rows(Dtype dtype, const void* src, Rows from, int64_t channels,
         const auto* s = p + c * from.channel + y * from.row;
         A* d = dst + c * to.channel + y * to.row;
         for (int64_t x = 0; x < last; x += kLanes<A>) {
-          __builtin_prefetch(s + x + from.channel, 0, 3);
+          __builtin_prefetch(s + x + from.channel);  // rows are too short for a processor to see what comes next
           store(d + x, load_converted<A>(s + x) * factor);
         }
         // the last vector overlaps the one before

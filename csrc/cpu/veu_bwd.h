@@ -85,7 +85,7 @@ __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBu
     Vec<A> w[rows][G], to[rows][G];
     unroll<rows>(
         [&](auto j) COVER_INLINE_LAMBDA { unroll<G>([&](auto g) COVER_INLINE_LAMBDA { w[j][g] = -lse[first + j]; }); });
-    dot<rows, F, G>(0, C, s.center + first_row + first * row_size, row_size, t.width, key, t.halo, w);
+    dot<rows, F, G>(0, C, s.center + first_row + first * row_size, row_size, t.width, key, t.halo, 0, w);
     unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
       const int r = first + j;
       Vec<A> offset = base[r] + grad_y[r] * static_cast<A>(block.oy[r] + i);
@@ -128,7 +128,7 @@ __attribute__((noinline)) void key_rows(const VeuTiles<A>& t, const BackwardBuff
       const Vec<A> start = -load_once(lse + F + g);
       unroll<rows>([&](auto j) COVER_INLINE_LAMBDA { w[j][g] = start; });
     });
-    dot<rows, F, G>(0, C, s.center + first_row + first * row_size, row_size, t.width, query, t.halo, w);
+    dot<rows, F, G>(0, C, s.center + first_row + first * row_size, row_size, t.width, query, t.halo, 0, w);
     unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
       const Vec<A> slope = load_once(grad_y + F + g);
       Vec<A> offset = load(base + F + g) + load(grad_x + F + g) * (ox - static_cast<A>(F + g)) + slope * y;

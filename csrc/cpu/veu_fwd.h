@@ -64,13 +64,14 @@ COVER_INLINE void dot_and_exp2(int64_t C, const A* q, int64_t q_row, int64_t q_s
     Vec<A>& x = earlier[i % R][i / R];
     x = exp2_within(x);
   });
-  dot<R, F, G>(R * n, C, q, q_row, q_stride, k, k_stride, s);
+  dot<R, F, G>(R * n, C, q, q_row, q_stride, k, k_stride, 0, s);
 }
 
-// Key rows begin..end - 1 of a block against R query rows, oy away from the first, all of which see them.
+// Key rows begin..end - 1 of a block against R query rows, oy away from the first; the second query row sees others,
+// `apart` of them on, unless that is 0.
 template <int R, int G, bool kMasked, class A>
 COVER_INLINE void bounded_rows(const VeuTiles<A>& t, const A* q, const A* keys, int64_t begin, int64_t end,
-                               const int64_t* oy, Sums<A>* sums) {
+                               int64_t apart, const int64_t* oy, Sums<A>* sums) {
   if (begin >= end) return;
   constexpr int G1 = (G + 1) / 2, G2 = G / 2, F = -((G - 1) / 2);  // two halves; the first offset
   using First = std::integral_constant<int, 0>;
@@ -86,21 +87,21 @@ COVER_INLINE void bounded_rows(const VeuTiles<A>& t, const A* q, const A* keys, 
   const auto add = [&](auto first, auto& w, int64_t i) COVER_INLINE_LAMBDA {
     constexpr int n = sizeof(w[0]) / sizeof(w[0][0]);
     unroll<R>([&](auto r) COVER_INLINE_LAMBDA {
-      unroll<kMasked ? n : 0>(
-          [&](auto g) COVER_INLINE_LAMBDA { w[r][g] = where_set(w[r][g], keys + C * t.halo + F + first + g); });
-      add_weights<first, n, G>(w[r], static_cast<A>(oy[r] + i), sums[r]);
+      const A* part = keys + r * apart * row + C * t.halo + F + first;
+      unroll<kMasked ? n : 0>([&](auto g) COVER_INLINE_LAMBDA { w[r][g] = where_set(w[r][g], part + g); });
+      add_weights<first, n, G>(w[r], static_cast<A>(oy[r] + i + r * apart), sums[r]);
     });
   };
-  if (G2 == 0 || C > kFewChannels) {
+  if (G2 == 0 || C > kFewChannels || apart != 0) {
     for (int64_t i = begin; i < end; i++, keys += row) {
       Vec<A> s[R][G] = {};
-      dot<R, F, G>(0, C, q, q_row, t.width, keys, t.halo, s);
+      dot<R, F, G>(0, C, q, q_row, t.width, keys, t.halo, apart * row, s);
       to_weights(s);
       add(First(), s, i);
     }
   } else if constexpr (G2 > 0) {
     Vec<A> s1[R][G1] = {}, s2[R][G2];
-    dot<R, F, G1>(0, C, q, q_row, t.width, keys, t.halo, s1);
+    dot<R, F, G1>(0, C, q, q_row, t.width, keys, t.halo, 0, s1);
     for (int64_t i = begin; i < end; i++, keys += row) {
       dot_and_exp2<R, F + G1>(C, q, q_row, t.width, keys, t.halo, s2, s1);
       add(First(), s1, i);
@@ -121,13 +122,18 @@ __attribute__((noinline)) void forward_rows(const VeuTiles<A>& t, const A* q, co
   Sums<A> sums[kRows];
   const Reach(&seen)[kRows] = block.seen;
   if constexpr (kRows == 1) {
-    bounded_rows<1, G, kMasked>(t, q, keys, seen[0].first, seen[0].last, block.oy, sums);
+    bounded_rows<1, G, kMasked>(t, q, keys, seen[0].first, seen[0].last, 0, block.oy, sums);
   } else {
     const int64_t begin = seen[1].first, end = seen[0].last;  // of what both see
     const A* second = q + t.a.C * t.width;
-    bounded_rows<1, G, kMasked>(t, q, keys, seen[0].first, min(begin, end), block.oy, sums);
-    bounded_rows<2, G, kMasked>(t, q, keys, begin, end, block.oy, sums);
-    bounded_rows<1, G, kMasked>(t, second, keys, max(begin, end), seen[1].last, block.oy + 1, sums + 1);
+    bounded_rows<2, G, kMasked>(t, q, keys, begin, end, 0, block.oy, sums);
+    // as many that only the first sees as those that only the second sees: nearly always
+    if (begin < end && begin - seen[0].first == seen[1].last - end) {
+      bounded_rows<2, G, kMasked>(t, q, keys, seen[0].first, begin, end - seen[0].first, block.oy, sums);
+    } else {
+      bounded_rows<1, G, kMasked>(t, q, keys, seen[0].first, min(begin, end), 0, block.oy, sums);
+      bounded_rows<1, G, kMasked>(t, second, keys, max(begin, end), seen[1].last, 0, block.oy + 1, sums + 1);
+    }
   }
   unroll<kRows>([&](auto r) COVER_INLINE_LAMBDA {
     if (seen[r].first >= seen[r].last) return;
@@ -157,7 +163,7 @@ __attribute__((noinline)) void general_rows(const VeuTiles<A>& t, const A* q, co
     const A* row = keys + i * (C + 1) * t.halo;
     Vec<A> s[1][G], peak = none;
     for (int g = 0; g < G; g++) s[0][g] = where_set(one, row + C * t.halo + F + g) == A(0) ? none : -top;
-    dot<1, F, G>(0, C, q, 0, t.width, row, t.halo, s);
+    dot<1, F, G>(0, C, q, 0, t.width, row, t.halo, 0, s);
     for (int g = 0; g < G; g++) peak = larger(s[0][g], peak);
     const auto raised = peak > limit;
     if (any(raised)) {

@@ -10,10 +10,10 @@ namespace COVER_ISA {
 constexpr int kChunk = 8;  // scores of a row that are in registers at once; wider windows take several chunks
 constexpr int kRows = COVER_REGISTERS >= 32 ? 2 : 1;  // rows of a tile that share the loads: what registers allow
 constexpr int64_t kTileElements = 65536;              // of a tile's features: a quarter of a second-level cache of 1 MB
-constexpr int64_t kPassingElements = 98304;           // of the rows that pass it and are in memory at once: somewhat more
-constexpr int64_t kTileRows = 16, kTilePlanes = 8;    // of a tile at most,
-constexpr int64_t kFewTiles = 4;                      // and fewer planes rather than fewer tiles than this
-constexpr double kBound = 48;  // scores up to this, in powers of 2, are safe without their maximum
+constexpr int64_t kPassingElements = 98304;         // of the rows that pass it and are in memory at once: somewhat more
+constexpr int64_t kTileRows = 16, kTilePlanes = 8;  // of a tile at most,
+constexpr int64_t kFewTiles = 4;                    // and fewer planes rather than fewer tiles than this
+constexpr double kBound = 48;                       // scores up to this, in powers of 2, are safe without their maximum
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // The geometry of a VEU call: how it is cut into tiles.
@@ -194,17 +194,23 @@ COVER_INLINE void add_channel(const A* q, int64_t q_row, const A* k, Vec<A> (*s)
   });
 }
 
-// Adds channels c.. to dot products: s[r][g] += sum_c q[r][c] * k[c][. + F + g]
+// Adds channels c.. to dot products: s[r][g] += sum_c q[r][c] * k[c][. + F + g]. Row r of the tile has a passing row of
+// its own, r * apart away, unless that is 0.
 template <int R, int F, int G, class A>
 COVER_INLINE void dot(int64_t c, int64_t C, const A* q, int64_t q_row, int64_t q_stride, const A* k, int64_t k_stride,
-                      Vec<A> (*s)[G]) {
+                      int64_t apart, Vec<A> (*s)[G]) {
   for (; c < C; c++) {
     Vec<A> query[R];
     unroll<R>([&](auto r) COVER_INLINE_LAMBDA { query[r] = load_once(q + r * q_row + c * q_stride); });
-    unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
-      const Vec<A> key = load_beside<F + g>(k + c * k_stride);
-      unroll<R>([&](auto r) COVER_INLINE_LAMBDA { s[r][g] += query[r] * key; });
-    });
+    if (apart == 0)
+      unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
+        const Vec<A> key = load_beside<F + g>(k + c * k_stride);
+        unroll<R>([&](auto r) COVER_INLINE_LAMBDA { s[r][g] += query[r] * key; });
+      });
+    else
+      unroll<R * G>([&](auto i) COVER_INLINE_LAMBDA {
+        s[i / G][i % G] += query[i / G] * load_beside<F + i % G>(k + i / G * apart + c * k_stride);
+      });
   }
 }
 
@@ -264,8 +270,8 @@ COVER_INLINE void with_constant(bool condition, const F& f) {
   condition ? f(std::true_type()) : f(std::false_type());
 }
 
-// Cuts the offsets -R..R into chunks and calls f(o, G) for each: G of them, a constant, of which the one with (G - 1) / 2
-// before it is o.
+// Cuts the offsets -R..R into chunks and calls f(o, G) for each: G of them, a constant, of which the one with (G - 1) /
+// 2 before it is o.
 template <class F>
 inline void for_chunks(int64_t R, const F& f) {
   int64_t first = -R;
