@@ -34,12 +34,13 @@ struct Composer {
     tile.for_lines([&](const Segment& s, int64_t first) {
       const int64_t origin[3] = {s.z, s.y, s.x0};
       for (int i = 0; i < d; i++) {
+        const T* const residual = static_cast<const T*>(a.residual) + fine_at(b, i, s);
         A* const position = tile.position[i] + first;
-        load_row(a.dtype, a.residual, fine_at(b, i, s), s.n, A(1), position);
         for (int64_t x = 0; x < s.n; x++) {
           const A p = static_cast<A>(static_cast<int32_t>(origin[3 - d + i] + (i == d - 1 ? x : 0)));
-          position[x] = coarse_position(p + position[x], a.stride[3 - d + i]);
+          position[x] = p + static_cast<A>(residual[x]);
         }
+        to_coarse(position, s.n, a.stride[3 - d + i]);
       }
     });
     tile.enclose(coarse);
@@ -66,12 +67,13 @@ struct Composer {
         tile.load(flow(b, c0), n);
         tile.for_lines([&](const Segment& s, int64_t first) {
           tile.cells.gather(tile.copy, first, first + s.n, tile.line);
-          A up[W][kSegment], y[kSegment];
+          A up[W][kSegment];
           to_channels_first<A>(tile.line, kSegment, n, s.n, up[0]);
           for (int64_t i = 0; i < n; i++) {
-            load_row(a.dtype, a.residual, fine_at(b, c0 + i, s), s.n, A(1), y);
-            for (int64_t x = 0; x < s.n; x++) y[x] += stride(c0 + i) * up[i][x];
-            store_row(a.dtype, a.y, fine_at(b, c0 + i, s), s.n, A(1), y);
+            const T* const residual = static_cast<const T*>(a.residual) + fine_at(b, c0 + i, s);
+            T* const y = static_cast<T*>(a.y) + fine_at(b, c0 + i, s);
+            const A factor = stride(c0 + i);
+            for (int64_t x = 0; x < s.n; x++) y[x] = static_cast<T>(static_cast<A>(residual[x]) + factor * up[i][x]);
           }
         });
       }
@@ -81,7 +83,11 @@ struct Composer {
   // The gradient of the sampled components c0 .. c0 + n of a segment: displacements were multiplied by their stride.
   void load_grad(int64_t b, int64_t c0, int64_t n, const Segment& s, Channels<A>* line) const {
     A g[W][kSegment];
-    for (int64_t i = 0; i < n; i++) load_row(a.dtype, a.grad_y, fine_at(b, c0 + i, s), s.n, stride(c0 + i), g[i]);
+    for (int64_t i = 0; i < n; i++) {
+      const T* const grad = static_cast<const T*>(a.grad_y) + fine_at(b, c0 + i, s);
+      const A factor = stride(c0 + i);
+      for (int64_t x = 0; x < s.n; x++) g[i][x] = factor * static_cast<A>(grad[x]);
+    }
     to_channels_last<A>(g[0], kSegment, n, s.n, line);
   }
 
@@ -98,11 +104,11 @@ struct Composer {
         });
       }
       tile.for_lines([&](const Segment& s, int64_t first) {
-        A g[kSegment];
         for (int i = 0; i < d; i++) {
-          load_row(a.dtype, a.grad_y, fine_at(b, i, s), s.n, A(1), g);
-          for (int64_t x = 0; x < s.n; x++) g[x] += tile.grad[i][first + x] / stride(i);
-          store_row(a.dtype, a.grad_residual, fine_at(b, i, s), s.n, A(1), g);
+          const T* const grad_y = static_cast<const T*>(a.grad_y) + fine_at(b, i, s);
+          T* const grad = static_cast<T*>(a.grad_residual) + fine_at(b, i, s);
+          const A* const g = tile.grad[i] + first;
+          for (int64_t x = 0; x < s.n; x++) grad[x] = static_cast<T>(static_cast<A>(grad_y[x]) + g[x] / stride(i));
         }
       });
     });

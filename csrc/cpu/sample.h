@@ -321,6 +321,17 @@ inline A coarse_position(A p, int64_t stride) {
   return stride == 1 ? p : (p + A(0.5)) / static_cast<A>(stride) - A(0.5);
 }
 
+// Makes n positions those on the coarser level. A power of two is divided by as exactly, and faster, by multiplying.
+template <class A>
+inline void to_coarse(A* position, int64_t n, int64_t stride) {
+  if (stride == 1) return;
+  const A factor = A(1) / static_cast<A>(stride);
+  if (stride & (stride - 1))
+    for (int64_t x = 0; x < n; x++) position[x] = coarse_position(position[x], stride);
+  else
+    for (int64_t x = 0; x < n; x++) position[x] = (position[x] + A(0.5)) * factor - A(0.5);
+}
+
 // Neighbours and fraction of a voxel's position on a coarser level, along one axis, clamped at the border.
 template <class A>
 struct Between {

@@ -15,7 +15,7 @@ using Channels = Lanes<A, kWidth<A>>;
 
 // Element J.. of a where J & S is 0, else element J - S.. of b; and what that leaves, in the same order.
 template <int S, class V, size_t... J>
-inline void exchange(V& a, V& b, std::index_sequence<J...>) {
+COVER_INLINE void exchange(V& a, V& b, std::index_sequence<J...>) {
   constexpr size_t W = sizeof...(J);
 #if __has_builtin(__builtin_shufflevector)
   const V first = __builtin_shufflevector(a, b, (J & S ? W + J - S : J)...);
@@ -29,7 +29,7 @@ inline void exchange(V& a, V& b, std::index_sequence<J...>) {
 
 // A square of W x W elements, m[i][j] <-> m[j][i], by exchanging blocks of S, 2 S, .. elements.
 template <class A, int S = 1>
-inline void transpose(Channels<A>* m) {
+COVER_INLINE void transpose(Channels<A>* m) {
   constexpr int64_t W = kWidth<A>;
   if constexpr (S < W) {
     for (int i = 0; i < W; i++)
@@ -40,7 +40,7 @@ inline void transpose(Channels<A>* m) {
 
 // kWidth elements in a storage type, and back.
 template <class A, class T>
-inline Channels<A> load_lanes(const T* p) {
+COVER_INLINE Channels<A> load_lanes(const T* p) {
   Channels<A> v;
   if constexpr (std::is_same_v<A, T>)
     std::memcpy(&v, p, sizeof(v));
@@ -49,7 +49,7 @@ inline Channels<A> load_lanes(const T* p) {
   return v;
 }
 template <class A, class T>
-inline void store_lanes(T* p, Channels<A> v) {
+COVER_INLINE void store_lanes(T* p, Channels<A> v) {
   if constexpr (std::is_same_v<A, T>)
     std::memcpy(p, &v, sizeof(v));
   else
@@ -59,7 +59,7 @@ inline void store_lanes(T* p, Channels<A> v) {
 // Calls f(x, channels) for squares of kWidth voxels from x on, of a row of n >= kWidth; the last one may overlap the
 // one before. The number of channels is a constant where there are kWidth.
 template <class A, class F>
-inline void for_squares(int64_t n, int64_t channels, const F& f) {
+COVER_INLINE void for_squares(int64_t n, int64_t channels, const F& f) {
   constexpr int64_t W = kWidth<A>;
   for (int64_t x = 0; x < n; x += W)
     channels == W ? f(min(x, n - W), std::integral_constant<int64_t, W>()) : f(min(x, n - W), channels);
@@ -75,7 +75,7 @@ __attribute__((noinline)) void to_channels_last(const T* src, int64_t stride, in
       for (int64_t c = 0; c < W; c++) dst[x][c] = c < channels ? static_cast<A>(src[c * stride + x]) : A(0);
     return;
   }
-  for_squares<A>(n, channels, [&](int64_t x, auto channels) {
+  for_squares<A>(n, channels, [&](int64_t x, auto channels) COVER_INLINE_LAMBDA {
     Channels<A> m[W];
     for (int64_t c = 0; c < W; c++) m[c] = c < channels ? load_lanes<A>(src + c * stride + x) : Channels<A>{};
     transpose<A>(m);
@@ -93,7 +93,7 @@ __attribute__((noinline)) void to_channels_first(const Channels<A>* src, int64_t
       for (int64_t x = 0; x < n; x++) dst[c * stride + x] = static_cast<T>(src[x][c]);
     return;
   }
-  for_squares<A>(n, channels, [&](int64_t x, auto channels) {
+  for_squares<A>(n, channels, [&](int64_t x, auto channels) COVER_INLINE_LAMBDA {
     Channels<A> m[W];
     for (int64_t i = 0; i < W; i++) m[i] = src[x + i];
     transpose<A>(m);
@@ -108,7 +108,7 @@ __attribute__((noinline)) void add_channels_first(const Channels<A>* src, int64_
                                                   A* dst) {
   constexpr int64_t W = kWidth<A>;
   const int64_t whole = n / W * W;
-  for_squares<A>(whole, channels, [&](int64_t x, auto channels) {
+  for_squares<A>(whole, channels, [&](int64_t x, auto channels) COVER_INLINE_LAMBDA {
     Channels<A> m[W];
     for (int64_t i = 0; i < W; i++) m[i] = src[x + i];
     transpose<A>(m);
@@ -121,7 +121,7 @@ __attribute__((noinline)) void add_channels_first(const Channels<A>* src, int64_
 
 // out[x] += the sum over channels of src[x] for x < W.
 template <class A>
-inline void add_channels(Channels<A>* src, A* out) {
+COVER_INLINE void add_channels(Channels<A>* src, A* out) {
   transpose<A>(src);
   Channels<A> sum = load_lanes<A>(out);
   for (int c = 0; c < kWidth<A>; c++) sum += src[c];
