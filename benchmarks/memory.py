@@ -29,16 +29,16 @@ RUNS = [
     "small-3d crop=64,64,64 precision=bf16",
     "small-2d batch=16 resize=none crop=256,256 accumulate=4 precision=bf16",
     "small-3d crop=80,80,64 recompute=norms",
-    "default batch=1 optimiser=sgd",
-    "paper-3d batch=1 crop=48,48,48 recompute=off",
+    "default batch=1 optimiser=sgd precision=fp32",
+    "paper-3d batch=1 crop=48,48,48 recompute=off precision=fp32",
     "small-3d crop=80,80,64 batch=4 accumulate=4 recompute=stages",
-    "default batch=2 recompute=all",
+    "default batch=2 recompute=all precision=fp32",
     "paper-3d batch=1 crop=48,48,48 recompute=stages precision=bf16",
 ]
 _PAPER = "paper-3d batch=1 window=5"
 BARS = [
-    f"eager {_PAPER} crop=96,96,96 recompute=off",
-    *(f"{_PAPER} crop=96,96,96 recompute={what}" for what in ("off", "norms", "stages", "all")),
+    f"eager {_PAPER} crop=96,96,96 recompute=off precision=fp32",
+    *(f"{_PAPER} crop=96,96,96 recompute={what} precision=fp32" for what in ("off", "norms", "stages", "all")),
     f"{_PAPER} crop=160,160,160 recompute=norms precision=bf16",
 ]
 

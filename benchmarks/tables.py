@@ -88,7 +88,7 @@ class Network:
         """Settings of a run, beside those that a user's would have."""
         heads = ModelConfig().heads[-len(self.channels) :]
         names = {"crop": self.S, "window": self.window, "channels": self.channels, "heads": heads}
-        return names | {"batch": self.batch, "val_fraction": 0.0}
+        return names | {"batch": self.batch, "val_fraction": 0.0, "precision": "fp32"}
 
 
 NETWORKS = {

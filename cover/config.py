@@ -208,7 +208,7 @@ class TrainConfig:
     steps: int = 1000  # of the optimiser
     batch: int = 4  # images per step, of each process
     accumulate: int = 1  # parts that go through the network one after the other; the step is the same up to rounding
-    precision: str = "fp32"  # "bf16" or "fp16" (its loss scaled): autocast of network and losses; weights stay float32
+    precision: str = "auto"  # autocast of network and losses: "fp32", "bf16", "fp16"; "auto": bf16 on CPUs with it
     recompute: str = "off"  # less memory, more time: "norms" of the backbone, its "stages", or "all": view by view too
     compile: str = "off"  # torch.compile, within the first step: of the "backbone", or of the "step", losses included
     shard: bool = False  # several processes: each holds a share of weights, gradients and optimiser's state (FSDP2)
@@ -242,7 +242,7 @@ class TrainConfig:
                     self.accumulate >= 1 and self.batch % self.accumulate == 0,
                     f"a divisor of `batch`, {self.batch}",
                 ),
-                "precision": _one_of(self.precision, "fp32", "bf16", "fp16"),
+                "precision": _one_of(self.precision, "auto", "fp32", "bf16", "fp16"),
                 "recompute": _one_of(self.recompute, "off", "norms", "stages", "all"),
                 "compile": _one_of(self.compile, "off", "backbone", "step"),
                 "optimiser": _one_of(self.optimiser, "adamw", "adam", "sgd"),

@@ -23,6 +23,19 @@ from cover.views import ViewMaker, Views, fit_to_reach, reachable_fraction
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def precision_of(settings: Config, device: torch.device) -> str:
+    """The precision of the network's autocast, "fp32" (none), "bf16" or "fp16"."""
+    if settings.train.precision != "auto":
+        return settings.train.precision
+    return "bf16" if device.type == "cpu" and computes_in_bf16() else "fp32"
+
+
+def computes_in_bf16() -> bool:
+    """Whether this machine's processor has instructions for products of bfloat16 (AVX512-BF16 or AMX)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
 class Learner:
     """Model, views and optimiser, and one step of them. A variant overrides the method that it does differently.
 
@@ -34,13 +47,14 @@ class Learner:
     def __init__(self, settings: Config, build: Callable[[Config], COVER] = build_model):
         self.config = settings
         self.device = device_of(settings)
+        self.precision = precision_of(settings, self.device)
         self.model = self.build_model(build)
         self.model.recompute(settings.train.recompute)
         self.network = self.distribute()
         self.compile()
         self.views = self.build_views()
         self.optimiser = self.build_optimiser()
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.train.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def build_model(self, build: Callable[[Config], COVER]) -> COVER:
         return build(self.config).to(self.device)
@@ -101,7 +115,7 @@ class Learner:
             # the replicas need to agree on the gradient once, with the last part; shares have no room for a whole one
             waits = isinstance(self.network, DistributedDataParallel) and i < len(parts) - 1
             with self.network.no_sync() if waits else contextlib.nullcontext():
-                with torch.autocast(self.device.type, PRECISIONS[c.precision], enabled=c.precision != "fp32"):
+                with torch.autocast(self.device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32"):
                     loss, metrics = self.loss(part)
                 share = part.mask.sum() / voxels.clamp(min=1)
                 # processes take the mean of their gradients, not the sum

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from cover import config
 from cover.config import Config
 from cover.evaluation import device_of
-from cover.learner import Learner
+from cover.learner import Learner, precision_of
 from cover.model import COVER, build_model
 from cover.presets import preset_config
 from cover.process import peak_memory
@@ -181,8 +181,10 @@ class Rehearsal(Learner):
 
     def __init__(self, settings: Config, build: Callable[[Config], COVER] = build_model):
         self.nowhere = FakeTensorMode(allow_non_fake_inputs=True)
-        self.on_cpu = device_of(settings).type == "cpu"
-        super().__init__(config.replace(settings, device="cpu", compile="off"), build)
+        device = device_of(settings)
+        self.on_cpu = device.type == "cpu"
+        precision = precision_of(settings, device)
+        super().__init__(config.replace(settings, device="cpu", compile="off", precision=precision), build)
 
     def build_model(self, build: Callable[[Config], COVER]) -> COVER:
         with torch.device("meta"):

@@ -230,7 +230,7 @@ class Trainer(Learner):
         kernels = choose(self.device)[0]
         versions = f"cover {__version__} with {kernels} kernels, torch {torch.__version__}"
         share = f"process 1 of {processes.count()}, with {torch.get_num_threads()} threads"
-        self.log.message(f"{versions}, {self.device}, {share}, run {self.out}")
+        self.log.message(f"{versions}, {self.device}, {self.precision}, {share}, run {self.out}")
         self.log.message(str(self.images.report))
         self.log.message(f"{len(self.images)} images, {held_out}; network of {parameters:,} parameters")
         dvf, reach = self.views.dvf.config, tuple(round(r, 1) for r in self.model.pyramid.reach)

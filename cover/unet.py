@@ -14,6 +14,7 @@ from cover_kernels.checks import per_axis
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _MAX_POOL = {2: F.max_pool2d, 3: F.max_pool3d}
 LINEAR = {2: "bilinear", 3: "trilinear"}
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -49,9 +49,14 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_y):
     check_grad("warp", grad_y)
+    x, flow = ctx.saved_tensors
     deterministic = torch.are_deterministic_algorithms_enabled()
-    grads = torch.ops.cover_kernels.warp_bwd(grad_y, *ctx.saved_tensors, ctx.stride, ctx.border, deterministic)
-    return *grads, None, None
+    grad_x, grad_flow = torch.ops.cover_kernels.warp_bwd(grad_y, x, flow, ctx.stride, ctx.border, deterministic)
+    # the gradient in x's own order of memory, as that of what else x went into
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()]
+    if x.is_contiguous(memory_format=last):
+        grad_x = grad_x.contiguous(memory_format=last)
+    return grad_x, grad_flow, None, None
 
 
 def _bwd_fake(grad_y, x, flow, stride, border, deterministic):

@@ -1,6 +1,7 @@
 """What could break quietly in the benchmarks: comparison, report, counts of work, and checks of the peers."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -197,3 +198,10 @@ def test_on_a_gpu_the_sanitizers_run_where_they_are_installed(monkeypatch):
         command, _ = parts[f"compute-sanitizer {name}"]
         assert command[0] == "/bin/compute-sanitizer" and command[-2:] == ["-m", "cover_kernels"]
     assert not any("sanitizer" in part for part in gpu.checks("cpu", quick=False))
+
+
+def test_suites_of_the_model_and_of_data_run_to_their_end(tmp_path):
+    suites = [str(Path(compare.__file__).parent / f"bench_{name}.py") for name in ("model", "data")]
+    command = [sys.executable, "-m", "pytest", "-q", "--form", "quick", "--benchmark-quiet", "-p", "no:cacheprovider"]
+    ended = subprocess.run([*command, *suites], cwd=Path(suites[0]).parent, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout[-2000:]

@@ -131,3 +131,16 @@ def test_shapes_that_do_not_fit_are_named():
         consistency_loss(b[:, :3], a, flow, mask)
     with pytest.raises(ValueError, match=r"epe: `mask`"):
         epe(predicted, flow, mask[:, 0])
+
+
+@pytest.mark.parametrize("S", [(7, 9), (4, 5, 6)])
+def test_consistency_loss_is_the_same_whatever_the_order_of_memory(S):
+    last = {2: torch.channels_last, 3: torch.channels_last_3d}[len(S)]
+    flow, mask = torch.randn(2, len(S), *S), torch.rand(2, 1, *S) < 0.7
+    values = []
+    for order in (torch.contiguous_format, last):
+        generator = torch.Generator().manual_seed(0)
+        b, a = (torch.randn(2, 5, *S, generator=generator).to(memory_format=order).requires_grad_() for _ in range(2))
+        loss = consistency_loss(b, a, flow, mask)
+        values.append([loss, *torch.autograd.grad(loss, (b, a)), feature_variance(b)])
+    torch.testing.assert_close(*values)

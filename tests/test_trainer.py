@@ -158,6 +158,14 @@ def test_half_precision_trains_and_resumes(data, tmp_path, precision):
     assert_same(weights(pretrain(data, out=tmp_path / "part", resume=True)), weights(whole))
 
 
+@pytest.mark.parametrize(("able", "same_as"), [(True, "bf16"), (False, "fp32")])
+def test_automatic_precision_is_what_the_processor_computes_in(data, tmp_path, monkeypatch, able, same_as):
+    monkeypatch.setattr("cover.learner.computes_in_bf16", lambda: able)
+    runs = [pretrain(data, out=tmp_path / name, **SETTINGS, precision=name) for name in ("auto", same_as)]
+    assert_same(*map(weights, runs))
+    assert f", cpu, {same_as}, " in (tmp_path / "auto" / "log.txt").read_text()
+
+
 def test_an_overflow_of_half_precision_skips_the_step_and_lowers_the_scale(data, tmp_path):
     class Overflowing(Trainer):
         def loss(self, views):

@@ -131,3 +131,15 @@ def test_images_of_many_tiles_under_smooth_and_rough_flows(S, C, padding):
     for name in BACKENDS:
         with cover_kernels.use_backend(name):
             torch.testing.assert_close(warp(x, flow, padding=padding), expected, atol=2e-5, rtol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("S", [(9, 12), (5, 6, 7)])
+def test_gradient_of_an_image_lies_in_memory_as_the_image(backend, S):
+    last = {2: torch.channels_last, 3: torch.channels_last_3d}[len(S)]
+    x, flow = torch.randn(2, 3, *S), torch.randn(2, len(S), *S)
+    grads = []
+    for order in (torch.contiguous_format, last):
+        leaf = x.to(memory_format=order).requires_grad_()
+        grads += torch.autograd.grad(warp(leaf, flow).square().sum(), leaf)
+        assert grads[-1].stride() == leaf.stride()
+    assert torch.equal(*grads)
