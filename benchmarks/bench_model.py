@@ -17,6 +17,7 @@ from cover import config
 from cover.config import ModelConfig
 from cover.pyramid import VectorPyramid
 from cover.trainer import Trainer
+from cover.unet import CHANNELS_LAST, UNet
 from cover_kernels.measure import one_pass, peak_above, synchronised
 from cover_kernels.problems import BOTH, FORWARD, Work
 
@@ -87,6 +88,27 @@ def test_training_step(network, who, form, trainer, device, timed, left_out):
 
     memory = peak_above(bare, device)[0]
     timed(step, problem, which, who, before=timed_bare, suite="model", bare=alone, bare_memory=memory)
+
+
+@pytest.mark.parametrize("who", ["contiguous", "channels last", "channels last, bf16"])
+def test_backbone(network, who, device, timed):
+    """What the backbone's order of memory and precision give: forward and backward of two views."""
+    d = len(network.S)
+    order = torch.contiguous_format if who == "contiguous" else CHANNELS_LAST[d]
+    backbone = UNet(d, 1, network.channels).to(device, memory_format=order)
+    x = torch.randn(2 * network.batch, 1, *network.S, device=device)
+
+    def forward():
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=who.endswith("bf16")):
+            return backbone(x)
+
+    grads = [torch.ones_like(features) for features in forward()]
+
+    def call():
+        torch.autograd.backward(forward(), grads)
+        backbone.zero_grad()
+
+    timed(call, f"backbone {network}", BOTH, who, suite="model")
 
 
 @pytest.mark.parametrize("who", ["cover", "direct"])

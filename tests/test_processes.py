@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_map
 from cover import checkpoint, load_backbone, log
 from cover.data import BatchSampler
 
-RUN = SETTINGS | dict(steps=20, checkpoint_every=5, keep=9, log_every=5, val_fraction=0.3)
+# float32: what another order of sums may change is then small
+RUN = SETTINGS | dict(steps=20, checkpoint_every=5, keep=9, log_every=5, val_fraction=0.3, precision="fp32")
 
 
 @pytest.fixture(scope="module")
