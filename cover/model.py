@@ -134,7 +134,7 @@ def build_model(config: Config) -> COVER:
     """The U-Net and pyramid that `config` describes: `len(config.data.crop)` dimensions, randomly initialised."""
     model = config.model
     d = len(config.data.crop)
-    # channels last: the U-Net's step on a CPU takes 0.65 (3D) to 0.75 (2D) of the time
+    # what that gives on a CPU: docs/performance.md
     backbone = UNet(d, config.data.in_channels, model.channels).to(memory_format=CHANNELS_LAST[d])
     pyramid = VectorPyramid(
         backbone.channels,

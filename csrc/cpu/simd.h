@@ -211,7 +211,8 @@ COVER_INLINE V exp2(V x) {
   return exp2_within(sizeof(x[0]) == sizeof(double) ? x : larger(V{} - 127, x));
 }
 
-// log2(x) for x >= 1: exponent and a polynomial of the mantissa (within 1e-04), then a step of Newton's on 2^y = x.
+// log2(x) for x >= 2^-126: exponent and a polynomial of the mantissa (within 1e-04), then a step of Newton's on 2^y =
+// x.
 inline Vec<float> log2(Vec<float> x) {
   using Bits = Lanes<int32_t, kLanes<float>>;
   const Vec<float> exponent = __builtin_convertvector(((Bits)x >> 23) - 127, Vec<float>);
