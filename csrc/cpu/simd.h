@@ -137,6 +137,14 @@ COVER_INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
+// The largest element of a vector, which holds no NaN and none below 0.
+template <class A, class V>
+inline A largest(V v) {
+  A most = 0;
+  for (size_t i = 0; i < sizeof(v) / sizeof(v[0]); i++) most = max(most, v[i]);
+  return most;
+}
+
 // v where all bits of *p are set, 0 where none is.
 template <class A>
 COVER_INLINE Vec<A> where_set(Vec<A> v, const A* p) {
@@ -271,6 +279,24 @@ inline Vec<A> load_converted(const T* p) {
   A a[kLanes<A>];
   for (int64_t i = 0; i < kLanes<A>; i++) a[i] = static_cast<A>(p[i]);
   return load(a);
+}
+
+// The first n of them, n <= kLanes<A>, and zeros; and what stores the first n of a vector.
+template <class A, class T>
+COVER_INLINE Vec<A> load_part(const T* p, int64_t n) {
+#if COVER_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) return (Vec<A>)_mm512_maskz_loadu_ps((1 << n) - 1, p);
+#endif
+  Vec<A> v{};
+  for (int64_t i = 0; i < n; i++) v[i] = static_cast<A>(p[i]);
+  return v;
+}
+template <class A>
+COVER_INLINE void store_part(A* p, Vec<A> v, int64_t n) {
+#if COVER_BYTES == 64
+  if constexpr (std::is_same_v<A, float>) return _mm512_mask_storeu_ps(p, (1 << n) - 1, (__m512)v);
+#endif
+  for (int64_t i = 0; i < n; i++) p[i] = v[i];
 }
 
 // Rows of n numbers, `rows` times `channels` of them: where the first begins, and how far apart they lie.

@@ -13,15 +13,15 @@ constexpr int64_t kRingElements = 1 << 20;  // of the excess, about
 
 template <class A>
 struct BackwardBuffers {
-  A *center, *passing, *sum, *weighted, *grad[3], *inner, *lse, *excess, *lengths;
+  A *center, *passing, *sum, *weighted, *grad[3], *inner, *lse, *excess;
   int64_t cleared = -1;  // the column whose tiles `passing` is prepared for
 
   static int64_t size(const VeuTiles<A>& t) {
-    return 3 * t.a.C * t.tile_size() + t.passing * (t.a.C + 5) * t.halo + 7 * max(t.padded_size(), t.halo);
+    return (3 * t.a.C + 1) * t.tile_size() + t.passing * (t.a.C + 6) * t.halo + 6 * max(t.padded_size(), t.halo);
   }
   BackwardBuffers(const VeuTiles<A>& t, Scratch<A>& scratch)
-      : center(scratch.take(t.a.C * t.tile_size())),              // queries or keys of the tile
-        passing(scratch.take(t.passing * (t.a.C + 5) * t.halo)),  // keys or queries of passing rows
+      : center(scratch.take((t.a.C + 1) * t.tile_size())),        // queries or keys of the tile
+        passing(scratch.take(t.passing * (t.a.C + 6) * t.halo)),  // keys or queries of passing rows
         sum(scratch.take(t.a.C * t.tile_size())),                 // sum t k, or the sum of grad_k
         weighted(scratch.take(t.a.C * t.tile_size())),            // sum w k
         // g, <g, v>, log-sum-exp and excess: of the tile's rows, or of a passing row with its halo
@@ -29,8 +29,7 @@ struct BackwardBuffers {
              scratch.take(max(t.padded_size(), t.halo))},
         inner(scratch.take(max(t.padded_size(), t.halo))),
         lse(scratch.take(max(t.padded_size(), t.halo))),
-        excess(scratch.take(max(t.padded_size(), t.halo))),
-        lengths(scratch.take(t.halo)) {}
+        excess(scratch.take(max(t.padded_size(), t.halo))) {}
 };
 
 // Log-sum-exp in base 2, with +inf where there is no key: 2^(s - inf) = 0 for every s.
@@ -71,6 +70,8 @@ __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBu
                                           const A* keys, const Passing& block, A ox) {
   constexpr int F = -((G - 1) / 2);
   const int64_t C = t.a.C, row_size = C * t.width, at = row * t.width + x, first_row = row * row_size + x;
+  const int64_t center_size = row_size + t.width;
+  const A* center = s.center + row * center_size + x;
   Vec<A> base[kRows], grad_y[kRows], grad_x[kRows], lse[kRows], excess[kRows];
   unroll<kRows>([&](auto r) COVER_INLINE_LAMBDA {
     const int64_t i = at + r * t.width;
@@ -81,11 +82,11 @@ __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBu
     excess[r] = Vec<A>{};
   });
   for_passing(block.seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
-    const A* key = keys + i * (C + 1) * t.halo;
+    const A* key = keys + i * (C + 2) * t.halo;
     Vec<A> w[rows][G], to[rows][G];
     unroll<rows>(
         [&](auto j) COVER_INLINE_LAMBDA { unroll<G>([&](auto g) COVER_INLINE_LAMBDA { w[j][g] = -lse[first + j]; }); });
-    dot<rows, F, G>(0, C, s.center + first_row + first * row_size, row_size, t.width, key, t.halo, 0, w);
+    dot<rows, F, G>(0, C, center + first * center_size, center_size, t.width, key, t.halo, 0, w);
     unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
       const int r = first + j;
       Vec<A> offset = base[r] + grad_y[r] * static_cast<A>(block.oy[r] + i);
@@ -93,7 +94,7 @@ __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBu
         if constexpr (kPlain)
           w[j][g] = exp2_within(w[j][g]);
         else
-          w[j][g] = where_set(exp2(w[j][g]), key + C * t.halo + F + g);
+          w[j][g] = where_set(exp2(w[j][g]), key + (C + 1) * t.halo + F + g);
         to[j][g] = w[j][g] * offset;
         offset += grad_x[r];
         if (kGroups) excess[r] += to[j][g];
@@ -111,16 +112,18 @@ __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBu
 }
 
 // A block of query rows, at -oz, -oy[r] - i, against kRows key rows: adds to sum [C, width] for G queries, of which
-// that of `queries` is ox away from the key. A query row is [C + 5, halo]: its features, -delta_j, g_z, g_y, g_x and
-// its log-sum-exp. kPlain is as above.
+// that of `queries` is ox away from the key. A query row is [C + 6, halo]: its features, their squared
+// length, -delta_j, g_z, g_y, g_x and its log-sum-exp. kPlain is as above.
 template <int G, bool kPlain, class A>
 __attribute__((noinline)) void key_rows(const VeuTiles<A>& t, const BackwardBuffers<A>& s, int64_t row, int64_t x,
                                         const A* queries, const Passing& block, A ox) {
   constexpr int F = -((G - 1) / 2);
   const int64_t C = t.a.C, row_size = C * t.width, first_row = row * row_size + x;
+  const int64_t center_size = row_size + t.width;
+  const A* center = s.center + row * center_size + x;
   for_passing(block.seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
-    const A* query = queries + i * (C + 5) * t.halo;
-    const A* base = query + C * t.halo;
+    const A* query = queries + i * (C + 6) * t.halo;
+    const A* base = query + (C + 1) * t.halo;
     const A *grad_z = base + t.halo, *grad_y = grad_z + t.halo, *grad_x = grad_y + t.halo, *lse = grad_x + t.halo;
     const A z = static_cast<A>(block.oz), y = static_cast<A>(-block.oy[first] - i);
     Vec<A> w[rows][G];
@@ -128,7 +131,7 @@ __attribute__((noinline)) void key_rows(const VeuTiles<A>& t, const BackwardBuff
       const Vec<A> start = -load_once(lse + F + g);
       unroll<rows>([&](auto j) COVER_INLINE_LAMBDA { w[j][g] = start; });
     });
-    dot<rows, F, G>(0, C, s.center + first_row + first * row_size, row_size, t.width, query, t.halo, 0, w);
+    dot<rows, F, G>(0, C, center + first * center_size, center_size, t.width, query, t.halo, 0, w);
     unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
       const Vec<A> slope = load_once(grad_y + F + g);
       Vec<A> offset = load(base + F + g) + load(grad_x + F + g) * (ox - static_cast<A>(F + g)) + slope * y;
@@ -166,13 +169,13 @@ inline void grad_queries(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTi
   fill(s.sum, a.C * t.tile_size(), A(0));
   if (a.J > 1) fill(s.weighted, a.C * t.tile_size(), A(0));
   const Inside in = inside_row(t, tile);
-  if (s.cleared != tile.x) clear_keys(t, in, s.passing);
+  if (s.cleared != tile.x) clear_keys(t, in, t.passing, s.passing);
   s.cleared = tile.x;
   for_passing_rows(t, tile, [&](int64_t z, int64_t y, int64_t n) {
     load_keys(t, in, b, j, z, y, n, s.passing);
-    Bounds<A> bounds{t, longest_query, s.passing, (a.C + 1) * t.halo, n, s.lengths};
     for (int64_t x = 0; x < tile.nx; x += kLanes<A>) {
-      const bool plain = !sees_masked(t, tile, x) && bounds.hold(x);
+      const bool plain = !sees_masked(t, tile, x) &&
+                         bounded(longest_query * longest_seen(t, s.passing + a.C * t.halo, (a.C + 2) * t.halo, n, x));
       for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
         for_chunks(t.R[2], [&](int64_t o, auto G) {
           with_constant(a.J > 1, [&](auto groups) {
@@ -206,13 +209,14 @@ inline void grad_keys(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<
   const A longest_key = longest_in_tile(t, tile, s.center);
   fill(s.sum, a.C * t.tile_size(), A(0));
   const Inside in = inside_row(t, tile);
-  const int64_t row_size = (a.C + 5) * t.halo;
-  if (s.cleared != tile.x) clear_features(t, in, s.passing, row_size);
+  const int64_t row_size = (a.C + 6) * t.halo;
+  if (s.cleared != tile.x) clear_rows(t, in, t.passing, a.C + 6, s.passing);
   s.cleared = tile.x;
   for_passing_rows(t, tile, [&](int64_t z, int64_t y, int64_t n) {
-    load_features(t, in, a.q, b, j, z, y, n, static_cast<A>(a.scale * kLog2e), s.passing, row_size);
+    load_features(t, a.q, b, j, z, y, in.x0, n, in.end - in.begin, static_cast<A>(a.scale * kLog2e),
+                  s.passing + in.begin, t.halo, row_size);
     for (int64_t i = 0; i < n; i++) {
-      A *base = s.passing + i * row_size + a.C * t.halo, *lse = base + 4 * t.halo;
+      A *base = s.passing + i * row_size + (a.C + 1) * t.halo, *lse = base + 4 * t.halo;
       A* const grad[3] = {base + t.halo, base + 2 * t.halo, base + 3 * t.halo};
       for (int64_t axis = 0; axis < 3 - a.d; axis++) fill(grad[axis], t.halo, A(0));
       for (int64_t axis = 0; axis < a.d; axis++)
@@ -227,9 +231,9 @@ inline void grad_keys(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<
       }
       for (int64_t x = 0; x < t.halo; x++) base[x] = -s.inner[x];
     }
-    Bounds<A> bounds{t, longest_key, s.passing, row_size, n, s.lengths};
     for (int64_t x = 0; x < tile.nx; x += kLanes<A>) {
-      const bool plain = !sees_masked(t, tile, x) && bounds.hold(x);
+      const bool plain =
+          !sees_masked(t, tile, x) && bounded(longest_key * longest_seen(t, s.passing + a.C * t.halo, row_size, n, x));
       for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
         for_chunks(t.R[2], [&](int64_t o, auto G) {
           with_constant(plain, [&](auto plain) {

@@ -76,7 +76,7 @@ COVER_INLINE void bounded_rows(const VeuTiles<A>& t, const A* q, const A* keys, 
   constexpr int G1 = (G + 1) / 2, G2 = G / 2, F = -((G - 1) / 2);  // two halves; the first offset
   using First = std::integral_constant<int, 0>;
   using Second = std::integral_constant<int, G1>;
-  const int64_t C = t.a.C, q_row = C * t.width, row = (C + 1) * t.halo;
+  const int64_t C = t.a.C, q_row = (C + 1) * t.width, row = (C + 2) * t.halo;
   keys += begin * row;
   const auto to_weights = [&](auto& s) COVER_INLINE_LAMBDA {
     unroll<R>([&](auto r) COVER_INLINE_LAMBDA {
@@ -87,7 +87,7 @@ COVER_INLINE void bounded_rows(const VeuTiles<A>& t, const A* q, const A* keys, 
   const auto add = [&](auto first, auto& w, int64_t i) COVER_INLINE_LAMBDA {
     constexpr int n = sizeof(w[0]) / sizeof(w[0][0]);
     unroll<R>([&](auto r) COVER_INLINE_LAMBDA {
-      const A* part = keys + r * apart * row + C * t.halo + F + first;
+      const A* part = keys + r * apart * row + (C + 1) * t.halo + F + first;
       unroll<kMasked ? n : 0>([&](auto g) COVER_INLINE_LAMBDA { w[r][g] = where_set(w[r][g], part + g); });
       add_weights<first, n, G>(w[r], static_cast<A>(oy[r] + i + r * apart), sums[r]);
     });
@@ -125,7 +125,7 @@ __attribute__((noinline)) void forward_rows(const VeuTiles<A>& t, const A* q, co
     bounded_rows<1, G, kMasked>(t, q, keys, seen[0].first, seen[0].last, 0, block.oy, sums);
   } else {
     const int64_t begin = seen[1].first, end = seen[0].last;  // of what both see
-    const A* second = q + t.a.C * t.width;
+    const A* second = q + (t.a.C + 1) * t.width;
     bounded_rows<2, G, kMasked>(t, q, keys, begin, end, 0, block.oy, sums);
     // as many that only the first sees as those that only the second sees: nearly always
     if (begin < end && begin - seen[0].first == seen[1].last - end) {
@@ -160,9 +160,9 @@ __attribute__((noinline)) void general_rows(const VeuTiles<A>& t, const A* q, co
   Vec<A> top = before, limit = load(state.sum) == A(0) ? none : splat(static_cast<A>(kSlack));
   Sums<A> sums;
   for (int64_t i = seen.first; i < seen.last; i++) {
-    const A* row = keys + i * (C + 1) * t.halo;
+    const A* row = keys + i * (C + 2) * t.halo;
     Vec<A> s[1][G], peak = none;
-    for (int g = 0; g < G; g++) s[0][g] = where_set(one, row + C * t.halo + F + g) == A(0) ? none : -top;
+    for (int g = 0; g < G; g++) s[0][g] = where_set(one, row + (C + 1) * t.halo + F + g) == A(0) ? none : -top;
     dot<1, F, G>(0, C, q, 0, t.width, row, t.halo, 0, s);
     for (int g = 0; g < G; g++) peak = larger(s[0][g], peak);
     const auto raised = peak > limit;
@@ -184,18 +184,17 @@ __attribute__((noinline)) void general_rows(const VeuTiles<A>& t, const A* q, co
 
 template <class A>
 struct ForwardBuffers {
-  A *q, *keys, *state, *out, *lengths;
+  A *q, *keys, *state, *out;
   int64_t cleared = -1;  // the column whose tiles `keys` is prepared for
 
   static int64_t size(const VeuTiles<A>& t) {
-    return (t.a.C + 3) * t.tile_size() + 5 * t.padded_size() + t.passing * (t.a.C + 1) * t.halo + t.halo;
+    return (t.a.C + 4) * t.tile_size() + 5 * t.padded_size() + t.passing * (t.a.C + 2) * t.halo;
   }
   ForwardBuffers(const VeuTiles<A>& t, Scratch<A>& scratch)
-      : q(scratch.take(t.a.C * t.tile_size())),
-        keys(scratch.take(t.passing * (t.a.C + 1) * t.halo)),
+      : q(scratch.take((t.a.C + 1) * t.tile_size())),
+        keys(scratch.take(t.passing * (t.a.C + 2) * t.halo)),
         state(scratch.take(5 * t.padded_size())),
-        out(scratch.take(3 * t.tile_size())),
-        lengths(scratch.take(t.halo)) {}
+        out(scratch.take(3 * t.tile_size())) {}
 };
 
 // v and lse of one tile; `out` [3, planes, rows, width] sums the groups.
@@ -205,7 +204,7 @@ inline void forward_tile(const VeuTiles<A>& t, int64_t b, const VeuTile<A>& tile
   const int64_t size = t.tile_size(), padded = t.padded_size();
   const Inside in = inside_row(t, tile);
   fill(s.out, 3 * size, A(0));
-  if (s.cleared != tile.x) clear_keys(t, in, s.keys);
+  if (s.cleared != tile.x) clear_keys(t, in, t.passing, s.keys);
   s.cleared = tile.x;
   for (int64_t j = 0; j < a.J; j++) {
     load_tile(t, tile, a.q, b, j, static_cast<A>(a.scale * kLog2e), s.q);
@@ -215,18 +214,18 @@ inline void forward_tile(const VeuTiles<A>& t, int64_t b, const VeuTile<A>& tile
     const Softmax<A> state{p, p + padded, {p + 2 * padded, p + 3 * padded, p + 4 * padded}};
     for_passing_rows(t, tile, [&](int64_t z, int64_t y, int64_t n) {
       load_keys(t, in, b, j, z, y, n, s.keys);
-      Bounds<A> bounds{t, longest_query, s.keys, (a.C + 1) * t.halo, n, s.lengths};
       for (int64_t x = 0; x < tile.nx; x += kLanes<A>) {
-        const bool bounded = bounds.hold(x), masked = sees_masked(t, tile, x);
+        const bool masked = sees_masked(t, tile, x);
+        const bool safe = bounded(longest_query * longest_seen(t, s.keys + a.C * t.halo, (a.C + 2) * t.halo, n, x));
         for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
           for_chunks(t.R[2], [&](int64_t o, auto G) {
-            const A *q = s.q + row * a.C * t.width + x, *keys = s.keys + t.left + x + o;
+            const A *q = s.q + row * (a.C + 1) * t.width + x, *keys = s.keys + t.left + x + o;
             const A middle = static_cast<A>(o + (G % 2 ? 0 : 0.5));
             const Softmax<A> own = state.at(row * t.width + x);
-            for (int r = 0; !bounded && r < kRows; r++)
-              general_rows<G>(t, q + r * a.C * t.width, keys, block.seen[r], block.oz, block.oy[r], middle,
+            for (int r = 0; !safe && r < kRows; r++)
+              general_rows<G>(t, q + r * (a.C + 1) * t.width, keys, block.seen[r], block.oz, block.oy[r], middle,
                               own.at(r * t.width));
-            if (bounded)
+            if (safe)
               with_constant(masked, [&](auto masked) { forward_rows<G, masked>(t, q, keys, block, middle, own); });
           });
         });

@@ -89,18 +89,6 @@ inline int64_t at(const VeuTiles<A>& t, int64_t b, int64_t channels, int64_t c, 
   return (((b * channels + c) * t.D + z) * t.H + y) * t.W + x;
 }
 
-// Queries (or keys) of a tile in group j: dst [planes, rows, C, width], zero beyond the image.
-template <class A>
-inline void load_tile(const VeuTiles<A>& t, const VeuTile<A>& tile, const void* src, int64_t b, int64_t j, A factor,
-                      A* dst) {
-  const int64_t C = t.a.C, row = C * t.width;
-  for (int64_t i = 0; i < tile.nz; i++)
-    load_rows(t.a.dtype, src, t.rows_of(b, j, tile.z + i, tile.y, tile.x), C, tile.ny, tile.nx, factor,
-              dst + i * t.rows * row, {0, t.width, row});
-  for (int64_t i = 0; tile.nx < t.width && i < tile.nz * t.rows * C; i++)
-    fill(dst + i * t.width + tile.nx, t.width - tile.nx, A(0));
-}
-
 // The part of a padded row that lies inside the image: dst[begin..end) holds voxels x0..
 struct Inside {
   int64_t begin, end, x0;
@@ -125,32 +113,62 @@ inline void load_halo(const VeuTiles<A>& t, const Inside& in, const void* src, i
   std::memcpy(dst + in.begin, static_cast<const A*>(src) + row + in.x0, (in.end - in.begin) * sizeof(A));
 }
 
-// Feature rows (z, y..) of group j inside the image: n rows, `row` apart, of dst [C, halo].
+// Feature rows (z, y..) of group j, `width` voxels from x on, times a factor: n rows, `row` apart, of dst [C, stride],
+// each followed by the squared lengths of its voxels' features.
 template <class A>
-inline void load_features(const VeuTiles<A>& t, const Inside& in, const void* src, int64_t b, int64_t j, int64_t z,
-                          int64_t y, int64_t n, A factor, A* dst, int64_t row) {
-  load_rows(t.a.dtype, src, t.rows_of(b, j, z, y, in.x0), t.a.C, n, in.end - in.begin, factor, dst,
-            {in.begin, t.halo, row});
+inline void load_features(const VeuTiles<A>& t, const void* src, int64_t b, int64_t j, int64_t z, int64_t y, int64_t x,
+                          int64_t n, int64_t width, A factor, A* dst, int64_t stride, int64_t row) {
+  with_storage(t.a.dtype, [=, C = t.a.C, from = t.rows_of(b, j, z, y, x)](auto* type) {  // copies stay in registers
+    constexpr int64_t lanes = kLanes<A>;
+    const auto* p = static_cast<const std::remove_pointer_t<decltype(type)>*>(src) + from.first;
+    A* const squares = dst + C * stride;
+    for (int64_t i = 0; i < n; i++) fill(squares + i * row, width, A(0));
+    for (int64_t c = 0; c < C; c++)
+      for (int64_t i = 0; i < n; i++) {
+        const auto* s = p + c * from.channel + i * from.row;
+        A *d = dst + c * stride + i * row, *square = squares + i * row;
+        int64_t x = 0;
+        for (; x + lanes <= width; x += lanes) {
+          __builtin_prefetch(s + x + from.channel);  // rows are too short for a processor to see what comes next
+          const Vec<A> v = load_converted<A>(s + x) * factor;
+          store(d + x, v);
+          store(square + x, load(square + x) + v * v);
+        }
+        if (x == width) continue;
+        const Vec<A> v = load_part<A>(s + x, width - x) * factor;
+        store_part(d + x, v, width - x);
+        store_part(square + x, load_part<A>(square + x, width - x) + v * v, width - x);
+      }
+  });
 }
 
-// What lies outside the image in `passing` rows of features [C, halo] and what follows them, `row` apart: zeros.
+// Queries (or keys) of a tile in group j, and their squared lengths: dst [planes, rows, C + 1, width], zero beyond the
+// image.
 template <class A>
-inline void clear_features(const VeuTiles<A>& t, const Inside& in, A* dst, int64_t row) {
-  for (int64_t i = 0; i < t.passing; i++)
-    for (int64_t c = 0; c < t.a.C; c++) fill_outside(t, in, A(0), dst + i * row + c * t.halo);
+inline void load_tile(const VeuTiles<A>& t, const VeuTile<A>& tile, const void* src, int64_t b, int64_t j, A factor,
+                      A* dst) {
+  const int64_t row = (t.a.C + 1) * t.width;
+  for (int64_t i = 0; i < tile.nz; i++)
+    load_features(t, src, b, j, tile.z + i, tile.y, tile.x, tile.ny, tile.nx, factor, dst + i * t.rows * row, t.width,
+                  row);
+  for (int64_t i = 0; tile.nx < t.width && i < tile.nz * t.rows * (t.a.C + 1); i++)
+    fill(dst + i * t.width + tile.nx, t.width - tile.nx, A(0));
 }
 
-// Key rows with their halo, of features [C, halo] and a row of bits [halo]: set where a key takes part, else not.
-// What does not depend on the rows is written once for all tiles between the same columns.
+// What lies outside the image in n padded rows of `channels` channels: zeros.
 template <class A>
-inline void clear_keys(const VeuTiles<A>& t, const Inside& in, A* keys) {
-  const int64_t row = (t.a.C + 1) * t.halo;
-  clear_features(t, in, keys, row);
-  for (int64_t i = 0; i < t.passing; i++) {
-    A* part = keys + i * row + t.a.C * t.halo;
-    fill_outside(t, in, A(0), part);
-    fill(part + in.begin, in.end - in.begin, all_bits<A>());
-  }
+inline void clear_rows(const VeuTiles<A>& t, const Inside& in, int64_t n, int64_t channels, A* dst) {
+  for (int64_t i = 0; i < n * channels; i++) fill_outside(t, in, A(0), dst + i * t.halo);
+}
+
+// Key rows with their halo: features [C, halo], their squared lengths [halo] and bits [halo], set where a key takes
+// part. What does not depend on the rows is written once for all tiles between the same columns, in n rows.
+template <class A>
+inline void clear_keys(const VeuTiles<A>& t, const Inside& in, int64_t n, A* keys) {
+  const int64_t C = t.a.C;
+  clear_rows(t, in, n, C + 2, keys);
+  for (int64_t i = 0; i < n; i++)
+    fill(keys + (i * (C + 2) + C + 1) * t.halo + in.begin, in.end - in.begin, all_bits<A>());
 }
 
 // Whether some window of the vector at x of a tile reaches beyond the image along W, or there is a mask.
@@ -165,14 +183,14 @@ template <class A>
 inline void load_keys(const VeuTiles<A>& t, const Inside& in, int64_t b, int64_t j, int64_t z, int64_t y, int64_t n,
                       A* keys) {
   const Veu& a = t.a;
-  const int64_t row = (a.C + 1) * t.halo;
-  load_features(t, in, a.k, b, j, z, y, n, A(1), keys, row);
+  const int64_t row = (a.C + 2) * t.halo;
+  load_features(t, a.k, b, j, z, y, in.x0, n, in.end - in.begin, A(1), keys + in.begin, t.halo, row);
   for (int64_t y1 = 0; a.mask && y1 < n; y1++) {
     const bool* mask = a.mask + at(t, b, 1, 0, z, y + y1, in.x0);
-    A *key = keys + y1 * row, *part = key + a.C * t.halo;
+    A *key = keys + y1 * row, *part = key + (a.C + 1) * t.halo;
     for (int64_t i = in.begin; i < in.end; i++) {
       part[i] = mask[i - in.begin] ? all_bits<A>() : A(0);
-      for (int64_t c = 0; !mask[i - in.begin] && c < a.C; c++) key[c * t.halo + i] = 0;
+      for (int64_t c = 0; !mask[i - in.begin] && c <= a.C; c++) key[c * t.halo + i] = 0;
     }
   }
 }
@@ -214,54 +232,35 @@ COVER_INLINE void dot(int64_t c, int64_t C, const A* q, int64_t q_row, int64_t q
   }
 }
 
-// The largest squared length of the C features of a voxel, in n rows `row` apart, at one vector of voxels.
+// Whether scores are within kBound, given the product of the largest squared lengths of a query and a key
+// (Cauchy-Schwarz).
 template <class A>
-inline A longest(int64_t C, const A* p, int64_t stride, int64_t n, int64_t row) {
-  Vec<A> most{};
-  for (int64_t i = 0; i < n; i++) {
-    Vec<A> sum{};
-    for (int64_t c = 0; c < C; c++) {
-      const Vec<A> x = load(p + i * row + c * stride);
-      sum += x * x;
-    }
-    most = larger(sum, most);  // no NaN: whatever bounds it, all that comes of it is NaN
-  }
-  A length = 0;
-  for (int64_t i = 0; i < kLanes<A>; i++) length = max(length, most[i]);
-  return length;
+inline bool bounded(A product) {
+  return product <= static_cast<A>(kBound * kBound);
 }
 
-// Bounds of the scores between a tile and a block of n rows [.., halo] that passes it, `row` apart, by the
-// Cauchy-Schwarz inequality. Squared lengths of the rows' features are found vector by vector, as they are asked for.
+// The largest squared length of what the windows of the vector at x of a tile see in n padded rows, `row` apart, of
+// which the first one's squared lengths are given. No NaN: whatever bounds it, all that comes of it is NaN.
 template <class A>
-struct Bounds {
-  const VeuTiles<A>& t;
-  A tile;  // the largest squared length of its features
-  const A* rows;
-  int64_t row, n;
-  A* lengths;  // [halo / lanes], of which `known` are set
-  int64_t known = 0;
-
-  // Whether no score of the vector at x of the tile is beyond kBound.
-  bool hold(int64_t x) {
-    constexpr int64_t lanes = kLanes<A>;
-    const int64_t first = (t.left + x - t.R[2]) / lanes, last = (t.left + x + lanes + t.R[2] - 1) / lanes;
-    for (; known <= last; known++) lengths[known] = longest(t.a.C, rows + known * lanes, t.halo, n, row);
-    A most = 0;
-    for (int64_t i = first; i <= last; i++) most = max(most, lengths[i]);
-    return tile * most <= static_cast<A>(kBound * kBound);
+inline A longest_seen(const VeuTiles<A>& t, const A* squares, int64_t row, int64_t n, int64_t x) {
+  Vec<A> most{};
+  for (int64_t i = 0; i < n; i++) {
+    const A *p = squares + i * row + t.left + x - t.R[2], *last = p + 2 * t.R[2];
+    most = larger(load(last), most);
+    for (; p < last; p += kLanes<A>) most = larger(load(p), most);
   }
-};
+  return largest<A>(most);
+}
 
-// The largest squared length of the features [planes, rows, C, width] of a tile.
+// The largest squared length of the features of a tile, as `load_tile` leaves them.
 template <class A>
 inline A longest_in_tile(const VeuTiles<A>& t, const VeuTile<A>& tile, const A* features) {
-  const int64_t row = t.a.C * t.width;
-  A most = 0;
+  Vec<A> most{};
   for (int64_t i = 0; i < tile.nz; i++)
-    for (int64_t x = 0; x < tile.nx; x += kLanes<A>)
-      most = max(most, longest(t.a.C, features + i * t.rows * row + x, t.width, tile.ny, row));
-  return most;
+    for (int64_t k = 0; k < tile.ny; k++)
+      for (int64_t x = 0; x < tile.nx; x += kLanes<A>)
+        most = larger(load(features + ((i * t.rows + k) * (t.a.C + 1) + t.a.C) * t.width + x), most);
+  return largest<A>(most);
 }
 
 // Calls f with a condition as a constant.
