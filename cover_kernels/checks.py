@@ -19,6 +19,12 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def order_of(x: Tensor) -> torch.memory_format:
+    """Channels last, where an image [B, C, *S] lies so in memory and not otherwise; else contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()]
+    return last if x.is_contiguous(memory_format=last) and not x.is_contiguous() else torch.contiguous_format
+
+
 def _check_tensor(op: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: `{name}` must be a tensor, got {type(x).__name__}")

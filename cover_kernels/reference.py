@@ -10,7 +10,7 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from cover_kernels.checks import acc_dtype
+from cover_kernels.checks import acc_dtype, order_of
 
 
 def _offsets(window):
@@ -180,13 +180,14 @@ def _warp_operands(x, flow, stride):
 
 def warp_fwd(x, flow, stride, border):
     image, _, position = _warp_operands(x, flow, stride)
-    return _sample(image, position, border).to(x.dtype)
+    return _sample(image, position, border).to(x.dtype).contiguous(memory_format=order_of(x))
 
 
 def warp_bwd(grad_y, x, flow, stride, border, deterministic):
     image, field, position = _warp_operands(x, flow, stride)
     grad_x, grad_u = _sample_bwd(grad_y.to(image.dtype), image, position, border)
-    return grad_x.to(x.dtype), _upsample_bwd(grad_u, field, stride).to(flow.dtype, copy=True)
+    grad_x = grad_x.to(x.dtype).contiguous(memory_format=order_of(x))
+    return grad_x, _upsample_bwd(grad_u, field, stride).to(flow.dtype, copy=True)
 
 
 def _compose_operands(flow, residual, stride):

@@ -3,7 +3,16 @@
 import torch
 from torch import Tensor
 
-from cover_kernels.checks import acc_dtype, check_grad, check_image, check_like, coarse_shape, per_axis, promoted
+from cover_kernels.checks import (
+    acc_dtype,
+    check_grad,
+    check_image,
+    check_like,
+    coarse_shape,
+    order_of,
+    per_axis,
+    promoted,
+)
 from cover_kernels.operators import register
 
 
@@ -22,7 +31,8 @@ def warp(x: Tensor, flow: Tensor, stride: int | tuple[int, ...] = 1, padding: st
         padding: what lies outside the image, "zeros" or "border" (the nearest voxel).
 
     Returns:
-        y, shape and dtype of `x`.
+        y, shape, dtype and order of memory of `x`: channels last for channels last, else contiguous; so is its
+        gradient. On CPUs, channels last takes less time and memory where 8 divides C.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. RuntimeError: second derivatives,
@@ -39,7 +49,7 @@ def warp(x: Tensor, flow: Tensor, stride: int | tuple[int, ...] = 1, padding: st
 
 
 def _fwd_fake(x, flow, stride, border):
-    return x.new_empty(x.shape)
+    return torch.empty_like(x, memory_format=order_of(x))
 
 
 def _setup_context(ctx, inputs, output):
@@ -52,15 +62,11 @@ def _backward(ctx, grad_y):
     x, flow = ctx.saved_tensors
     deterministic = torch.are_deterministic_algorithms_enabled()
     grad_x, grad_flow = torch.ops.cover_kernels.warp_bwd(grad_y, x, flow, ctx.stride, ctx.border, deterministic)
-    # the gradient in x's own order of memory, as that of what else x went into
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()]
-    if x.is_contiguous(memory_format=last):
-        grad_x = grad_x.contiguous(memory_format=last)
     return grad_x, grad_flow, None, None
 
 
 def _bwd_fake(grad_y, x, flow, stride, border, deterministic):
-    return x.new_empty(x.shape), flow.new_empty(flow.shape)
+    return torch.empty_like(x, memory_format=order_of(x)), flow.new_empty(flow.shape)
 
 
 register("warp_fwd", fake=_fwd_fake, setup_context=_setup_context, backward=_backward)

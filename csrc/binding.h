@@ -19,6 +19,7 @@
 
 namespace cover {
 
+using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
@@ -90,6 +91,20 @@ inline Veu veu_args(const Tensor& q, const Tensor& k, const Ints& window, int64_
   return a;
 }
 
+// Channels last, where an image lies so in memory and not otherwise; else contiguous.
+inline MemoryFormat order_of(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  const int64_t last = t.dim() - 1;
+  bool channels_last = !t.is_contiguous() && (t.dim() == 4 || t.dim() == 5);
+  for (int64_t i = 0, expected = 1; i <= last; i++) {
+    const int64_t axis = i == 0 ? 1 : i == last ? 0 : last + 1 - i;  // C, the last axis, .., the first one, B
+    channels_last = channels_last && (sizes[axis] == 1 || strides[axis] == expected);
+    expected *= sizes[axis];
+  }
+  if (!channels_last) return MemoryFormat::Contiguous;
+  return t.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
 inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
   return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
 }
@@ -136,6 +151,13 @@ std::tuple<Tensor, Tensor> veu_bwd(Tensor grad_v, Tensor q, Tensor k, Tensor v, 
   return {grad_q, grad_k};
 }
 
+// The order in which the kernels take an image that lies in `order`.
+inline MemoryFormat warp_order(const Tensor& x, MemoryFormat order) {
+  const int64_t channels = kernels().warp_channels_last;
+  const bool takes = order != MemoryFormat::Contiguous && channels && x.size(1) % channels == 0;
+  return takes ? order : MemoryFormat::Contiguous;
+}
+
 inline Warp warp_args(const Tensor& x, const Tensor& flow, const Ints& stride, bool border) {
   expect_image("warp", x, stride);
   const bool same = flow.scalar_type() == x.scalar_type();
@@ -150,31 +172,37 @@ inline Warp warp_args(const Tensor& x, const Tensor& flow, const Ints& stride, b
   return a;
 }
 
+// What is of the size of x comes in its order of memory.
 template <class Guard>
 Tensor warp_fwd(Tensor x, Tensor flow, Ints stride, bool border) {
   const Guard guard(x);
-  x = torch::stable::contiguous(x), flow = torch::stable::contiguous(flow);
+  const MemoryFormat order = order_of(x), inner = warp_order(x, order);
+  x = torch::stable::contiguous(x, inner), flow = torch::stable::contiguous(flow);
   Warp a = warp_args(x, flow, stride, border);
-  Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor y = torch::stable::empty_like(x);
+  a.channels_last = inner != MemoryFormat::Contiguous;
   a.y = y.mutable_data_ptr();
   if (a.B) kernels().warp_fwd(a);
-  return y;
+  return torch::stable::contiguous(y, order);
 }
 
 template <class Guard>
 std::tuple<Tensor, Tensor> warp_bwd(Tensor grad_y, Tensor x, Tensor flow, Ints stride, bool border,
                                     bool deterministic) {
   const Guard guard(x);
-  grad_y = torch::stable::contiguous(grad_y), x = torch::stable::contiguous(x), flow = torch::stable::contiguous(flow);
+  const MemoryFormat order = order_of(x), inner = warp_order(x, order);
+  x = torch::stable::contiguous(x, inner), flow = torch::stable::contiguous(flow);
   Warp a = warp_args(x, flow, stride, border);
   expect("warp: grad_y", grad_y, shape_like("warp", x, a.C), x.scalar_type(), x);
-  Tensor grad_x = torch::stable::new_empty(x, x.sizes()), grad_flow = torch::stable::new_empty(flow, flow.sizes());
+  grad_y = torch::stable::contiguous(grad_y, inner);
+  Tensor grad_x = torch::stable::empty_like(x), grad_flow = torch::stable::new_empty(flow, flow.sizes());
+  a.channels_last = inner != MemoryFormat::Contiguous;
   a.grad_y = grad_y.const_data_ptr();
   a.deterministic = deterministic;
   a.grad_x = grad_x.mutable_data_ptr(), a.grad_flow = grad_flow.mutable_data_ptr();
   const auto workspace = allocate_workspace(x, kernels().warp_bwd_workspace, a);
   if (a.B) kernels().warp_bwd(a);
-  return {grad_x, grad_flow};
+  return {torch::stable::contiguous(grad_x, order), grad_flow};
 }
 
 inline Compose compose_args(const Tensor& flow, const Tensor& residual, const Ints& stride) {

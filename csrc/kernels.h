@@ -32,6 +32,7 @@ struct Warp {
   int64_t B, C, d;
   int64_t S[3], stride[3];  // stride 1 along D in 2D
   bool border;              // padding: clamp at the border instead of zeros
+  bool channels_last;       // x, y and their gradients are [B, *S, C] in memory; only where Kernels says so
   const void* x;            // [B, C, *S]
   const void* flow;         // [B, d, *(S / stride)]
   void* y;                  // [B, C, *S]
@@ -69,6 +70,8 @@ struct Kernels {
   int64_t (*veu_bwd_workspace)(const Veu&);
   int64_t (*warp_bwd_workspace)(const Warp&);
   int64_t (*compose_bwd_workspace)(const Compose&);
+  // warp takes channels last for multiples of this many channels; 0: never.
+  int64_t warp_channels_last;
 };
 
 // The implementation that serves this machine. Throws std::runtime_error where there is none.

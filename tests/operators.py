@@ -64,6 +64,8 @@ CASES = {
         Case("volume, coarser flow", (4, 8, 6), stride=2, padding="border"),
         Case("volume, anisotropic stride", (3, 8, 8), stride=(1, 2, 4)),
         Case("channels last", (6, 8), layout="channels_last"),
+        Case("channels last, worked on as it is", (7, 70), channels=16, padding="border", layout="channels_last"),
+        Case("volume, channels last, coarser flow", (4, 6, 8), channels=8, stride=2, layout="channels_last"),
         Case("not contiguous", (4, 4, 6), stride=2, layout="sliced"),
         Case("empty batch", (4, 6), B=0),
     ],

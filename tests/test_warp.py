@@ -1,5 +1,7 @@
 """warp against its definition: identity to the bit, shifts, strides, borders, and what bad input gives."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,18 +13,21 @@ import cover_kernels
 from cover_kernels import warp
 
 BACKENDS = [*compiled_backends(), "reference"]
+LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 @pytest.mark.parametrize(("S", "stride"), [((5, 7), 1), ((6, 4), 2), ((3, 4, 5), 1), ((4, 6, 8), (1, 3, 2))])
 def test_zero_displacement_is_the_identity_to_the_bit(backend, dtype, padding, S, stride):
-    x = torch.randn(2, 5, *S).to(dtype)
+    x = torch.randn(2, 8, *S).to(dtype)
     x[0, 0].flatten()[:4] = torch.tensor([torch.inf, -torch.inf, -0.0, 1e-40]).to(dtype)
     steps = (stride,) * len(S) if isinstance(stride, int) else stride
     flow = torch.zeros(2, len(S), *(n // s for n, s in zip(S, steps, strict=True)), dtype=dtype)
     same_bits = torch.int64 if dtype == torch.float64 else torch.int32 if dtype == torch.float32 else torch.int16
-    assert torch.equal(warp(x, flow, stride, padding).view(same_bits), x.view(same_bits))
+    for order in (torch.contiguous_format, LAST[len(S)]):
+        y = warp(x.contiguous(memory_format=order), flow, stride, padding)
+        assert torch.equal(y.view(same_bits), x.view(same_bits))
 
 
 @settings(max_examples=30, deadline=None)
@@ -119,7 +124,7 @@ def test_a_displacement_that_is_nan_along_one_axis_gives_nan_though_the_other_le
 
 
 @pytest.mark.parametrize("padding", ["zeros", "border"])
-@pytest.mark.parametrize(("S", "C"), [((130, 150), 17), ((20, 37, 40), 9)])
+@pytest.mark.parametrize(("S", "C"), [((130, 150), 17), ((130, 150), 8), ((20, 37, 40), 9), ((20, 37, 40), 16)])
 def test_images_of_many_tiles_under_smooth_and_rough_flows(S, C, padding):
     """Far displacements, beyond what a tile of the CPU kernels copies, beside near ones, infinite and NaN ones."""
     x = torch.randn(2, C, *S)
@@ -128,18 +133,23 @@ def test_images_of_many_tiles_under_smooth_and_rough_flows(S, C, padding):
     flow[:, :, 7, 11:14] = torch.tensor([torch.nan, torch.inf, -torch.inf]).view(3, *[1] * (len(S) - 2))
     with cover_kernels.use_backend("reference"):
         expected = warp(x, flow, padding=padding)
-    for name in BACKENDS:
+    for name, order in product(BACKENDS, (torch.contiguous_format, LAST[len(S)])):
         with cover_kernels.use_backend(name):
-            torch.testing.assert_close(warp(x, flow, padding=padding), expected, atol=2e-5, rtol=1e-4, equal_nan=True)
+            y = warp(x.contiguous(memory_format=order), flow, padding=padding)
+        torch.testing.assert_close(y, expected, atol=2e-5, rtol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("S", [(9, 12), (5, 6, 7)])
-def test_gradient_of_an_image_lies_in_memory_as_the_image(backend, S):
-    last = {2: torch.channels_last, 3: torch.channels_last_3d}[len(S)]
-    x, flow = torch.randn(2, 3, *S), torch.randn(2, len(S), *S)
-    grads = []
-    for order in (torch.contiguous_format, last):
+@pytest.mark.parametrize("C", [1, 3, 16])
+@pytest.mark.parametrize("S", [(9, 12), (5, 6, 7), (12, 1)])
+def test_all_that_is_like_the_image_lies_in_memory_as_the_image(backend, S, C):
+    x, flow = torch.randn(2, C, *S), torch.randn(2, len(S), *S)
+    results = []
+    for order in (torch.contiguous_format, LAST[len(S)]):
         leaf = x.to(memory_format=order).requires_grad_()
-        grads += torch.autograd.grad(warp(leaf, flow).square().sum(), leaf)
-        assert grads[-1].stride() == leaf.stride()
-    assert torch.equal(*grads)
+        y = warp(leaf, flow)
+        (grad,) = torch.autograd.grad(y.square().sum(), leaf)
+        for like in (y, grad):
+            assert like.is_contiguous(memory_format=order)
+        results.append((y.detach(), grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)

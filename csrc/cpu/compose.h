@@ -66,7 +66,7 @@ struct Composer {
         const int64_t n = min(W, d - c0);
         tile.load(flow(b, c0), n);
         tile.for_lines([&](const Segment& s, int64_t first) {
-          tile.cells.gather(tile.copy, first, first + s.n, tile.line);
+          tile.gather(first, first + s.n);
           A up[W][kSegment];
           to_channels_first<A>(tile.line, kSegment, n, s.n, up[0]);
           for (int64_t i = 0; i < n; i++) {
@@ -100,7 +100,7 @@ struct Composer {
         tile.load(flow(b, c0), n);
         tile.for_lines([&](const Segment& s, int64_t first) {
           load_grad(b, c0, n, s, tile.line);
-          tile.cells.position_gradient(tile.copy, first, first + s.n, tile.line, tile.grad);
+          tile.position_gradient(first, first + s.n);
         });
       }
       tile.for_lines([&](const Segment& s, int64_t first) {

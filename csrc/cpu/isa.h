@@ -24,6 +24,10 @@ const Kernels table = {
     [](const Warp& a) { warp_bwd(a); },
     [](const Compose& a) { compose_fwd(a); },
     [](const Compose& a) { compose_bwd(a); },
+    nullptr,
+    nullptr,
+    nullptr,
+    kWidth<float>,
 };
 
 }  // namespace COVER_ISA

@@ -8,6 +8,7 @@ namespace cover {
 namespace COVER_ISA {
 
 constexpr int64_t kTileVoxels = 4096;  // at most
+constexpr int64_t kAhead = 32;         // voxels between a read of an image and the request for it
 
 // Cells of the positions of a tile. Corner c takes bit i of c along axis i, the last axis lowest.
 template <class A, class I, int d>
@@ -80,53 +81,86 @@ struct Cells {
     }
   }
 
-  // out[x - begin] = image at cell x, for x in [begin, end).
-  void gather(const V* image, int64_t begin, int64_t end, V* out) const {
-    const V* corners[kCorners];
-    for (int c = 0; c < kCorners; c++) corners[c] = image + corner[c];
-    for (int64_t x = begin; x < end; x++) {
-      // -0.0 changes no sum, and a corner of weight 0 adds nothing: a cell on a voxel returns its very bits
-      V sum = -V{};
-      if (partial[x]) {
-        for (int c = 0; c < kCorners; c++)
-          if (weight[c][x] != A(0)) sum += weight[c][x] * corners[c][first[x]];
-      } else {
-        for (int c = 0; c < kCorners; c++) sum += weight[c][x] * corners[c][first[x]];
+  // Asks for the last corner of a cell ahead of x: in memory rows of a cell are too far apart for a processor to see
+  // what comes next. Rows that are a copy are in its caches.
+  template <class T, class Count>
+  COVER_INLINE void prefetch(const T* image, Count C, int64_t x) const {
+    if constexpr (!std::is_same_v<Count, int64_t>) return;
+    const T* const ahead = image + (int64_t(first[min(x + kAhead, kSize - 1)]) + corner[kCorners - 1]) * C;
+    for (int64_t c = 0; c < C; c += 64 / sizeof(T)) __builtin_prefetch(ahead + c);
+  }
+
+  // out[x - begin] = image at cell x, for x in [begin, end), rows of C channels: image [*S, C], out [.., C], C a
+  // multiple of kWidth.
+  template <class T, class Count>
+  void gather(const T* image, Count C, int64_t begin, int64_t end, T* out) const {
+    const T* corners[kCorners];
+    for (int c = 0; c < kCorners; c++) corners[c] = image + corner[c] * int64_t(C);
+    for (int64_t x = begin; x < end; x++, out += C) {
+      const int64_t cell = first[x] * int64_t(C);
+      prefetch(image, C, x);
+      for (int64_t c0 = 0; c0 < C; c0 += kWidth<A>) {
+        // -0.0 changes no sum, and a corner of weight 0 adds nothing: a cell on a voxel returns its very bits
+        V sum = -V{};
+        const auto value = [&](int c) COVER_INLINE_LAMBDA { return load_lanes<A>(corners[c] + cell + c0); };
+        if (partial[x]) {
+          for (int c = 0; c < kCorners; c++)
+            if (weight[c][x] != A(0)) sum += weight[c][x] * value(c);
+        } else {
+          for (int c = 0; c < kCorners; c++) sum += weight[c][x] * value(c);
+        }
+        store_lanes<A>(out + c0, sum);
       }
-      out[x - begin] = sum;
     }
   }
 
-  // image += g[x - begin] at cell x, for x in [begin, end): the transpose of `gather`.
-  void scatter(V* image, int64_t begin, int64_t end, const V* g) const {
-    V* corners[kCorners];
-    for (int c = 0; c < kCorners; c++) corners[c] = image + corner[c];
-    for (int64_t x = begin; x < end; x++)
-      for (int c = 0; c < kCorners; c++) corners[c][first[x]] += weight[c][x] * g[x - begin];
+  // image += g[x - begin] at cell x, for x in [begin, end): the transpose of `gather`, for the voxels of the image that
+  // owns(voxel) says.
+  template <class T, class Count, class Owns>
+  void scatter(A* image, Count C, int64_t begin, int64_t end, const T* g, const Owns& owns) const {
+    A* corners[kCorners];
+    for (int c = 0; c < kCorners; c++) corners[c] = image + corner[c] * int64_t(C);
+    for (int64_t x = begin; x < end; x++, g += C) {
+      prefetch(image, C, x);
+      for (int c = 0; c < kCorners; c++) {
+        if (!owns(int64_t(first[x]) + corner[c])) continue;
+        A* const to = corners[c] + first[x] * int64_t(C);
+        for (int64_t c0 = 0; c0 < C; c0 += kWidth<A>)
+          store_lanes<A>(to + c0, load_lanes<A>(to + c0) + weight[c][x] * load_lanes<A>(g + c0));
+      }
+    }
   }
 
   // grad[i][x] += sum over channels of g[x - begin] * the image's derivative along axis i at cell x, for x in
   // [begin, end) and, of no use, up to the next multiple of kWidth.
-  void position_gradient(const V* image, int64_t begin, int64_t end, const V* g, Values* grad) const {
+  template <class T, class Count>
+  void position_gradient(const T* image, Count C, int64_t begin, int64_t end, const T* g, Values* grad) const {
     constexpr int64_t W = kWidth<A>;
-    const V* corners[kCorners];
-    for (int c = 0; c < kCorners; c++) corners[c] = image + corner[c];
+    const T* corners[kCorners];
+    for (int c = 0; c < kCorners; c++) corners[c] = image + corner[c] * int64_t(C);
     for (int64_t x0 = begin; x0 < end; x0 += W) {
       V term[d][W];
       if (x0 + W > end) std::memset(term, 0, sizeof(term));
-      for (int64_t x = x0; x < min(x0 + W, end); x++) {
-        V value[kCorners], derivative[d][kCorners / 2];
-        for (int c = 0; c < kCorners; c++) value[c] = corners[c][first[x]];
-        // interpolation along the last axis first; the derivatives go along with it
-        for (int i = d - 1; i >= 0; i--)
-          for (int k = 0; k < 1 << i; k++) {
-            const A p0 = part[i][0][x], p1 = part[i][1][x];
-            for (int j = i + 1; j < d; j++)
-              derivative[j][k] = p0 * derivative[j][2 * k] + p1 * derivative[j][2 * k + 1];
-            derivative[i][k] = slope[i][0][x] * value[2 * k] + slope[i][1][x] * value[2 * k + 1];
-            value[k] = p0 * value[2 * k] + p1 * value[2 * k + 1];
+      for (int64_t x = x0; x < min(x0 + W, end); x++, g += C) {
+        const int64_t cell = first[x] * int64_t(C);
+        prefetch(image, C, x);
+        for (int64_t c0 = 0; c0 < C; c0 += W) {
+          V value[kCorners], derivative[d][kCorners / 2];
+          for (int c = 0; c < kCorners; c++) value[c] = load_lanes<A>(corners[c] + cell + c0);
+          // interpolation along the last axis first; the derivatives go along with it
+          for (int i = d - 1; i >= 0; i--)
+            for (int k = 0; k < 1 << i; k++) {
+              const A p0 = part[i][0][x], p1 = part[i][1][x];
+              for (int j = i + 1; j < d; j++)
+                derivative[j][k] = p0 * derivative[j][2 * k] + p1 * derivative[j][2 * k + 1];
+              derivative[i][k] = slope[i][0][x] * value[2 * k] + slope[i][1][x] * value[2 * k + 1];
+              value[k] = p0 * value[2 * k] + p1 * value[2 * k + 1];
+            }
+          for (int i = 0; i < d; i++) {
+            const V product = derivative[i][0] * load_lanes<A>(g + c0);
+            term[i][x - x0] = c0 == 0 ? product : term[i][x - x0] + product;
           }
-        for (int i = 0; i < d; i++) term[i][x - x0] = derivative[i][0] * g[x - begin];
+        }
       }
       for (int i = 0; i < d; i++) add_channels<A>(term[i], grad[i] + x0);
     }
@@ -199,6 +233,31 @@ struct Tile {
     std::memcpy(corner, cells.corner, sizeof(corner));
     for (int c = 0; c < C::kCorners; c++) cells.corner[c] = c;
     for (int64_t x = 0; x < numel(); x++) first[x] = cells.first[x], cells.first[x] = static_cast<I>(x * C::kCorners);
+  }
+
+  // Sets `cells` to those of the image itself, for images that lie in memory with their channels last.
+  template <bool kSlopes>
+  void find_cells_in_image(bool border) {
+    const int64_t origin[3] = {0, 0, 0};
+    cells.template find<kSlopes>(image, border, position, origin, numel());
+  }
+
+  // Channels of `copy` and `line` as numbers: [.., kWidth].
+  using Width = std::integral_constant<int64_t, kWidth<A>>;
+  static A* values(V* v) { return reinterpret_cast<A*>(v); }
+
+  // line = `copy` at cells [begin, end).
+  void gather(int64_t begin, int64_t end) { cells.gather(values(copy), Width(), begin, end, values(line)); }
+
+  // grad += the derivative of `copy` at cells [begin, end) times `line`.
+  void position_gradient(int64_t begin, int64_t end) {
+    cells.position_gradient(values(copy), Width(), begin, end, values(line), grad);
+  }
+
+  // copy += `line` at cells [begin, end).
+  void scatter(int64_t begin, int64_t end) {
+    const auto all = [](int64_t) { return true; };
+    cells.scatter(values(copy), Width(), begin, end, values(line), all);
   }
 
   // copy = `channels` <= kWidth channels of an image [.., *S].
@@ -297,7 +356,7 @@ inline void image_gradient(int64_t B, int64_t C, const Grid& image, const Tiling
           tile->clear();
           tile->for_lines([&](const Segment& s, int64_t at) {
             load(b, c0 + c, n, s, tile->line);
-            tile->cells.scatter(tile->copy, at, at + s.n, tile->line);
+            tile->scatter(at, at + s.n);
           });
           tile->add_to(sums + c * stride, stride, range, n);
         }

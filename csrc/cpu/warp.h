@@ -88,20 +88,37 @@ struct Warper {
       for (int64_t i = begin; i < end; i++) {
         const int64_t b = i / tiles.count();
         place(b, tiles[i % tiles.count()], *tile);
-        tile->template find_cells<false>(a.border);
-        for_channels(b, [&](int64_t image, int64_t channels) {
-          tile->load(static_cast<const T*>(a.x) + image, channels);
-          tile->for_lines([&](const Segment& s, int64_t first) {
-            tile->cells.gather(tile->copy, first, first + s.n, tile->line);
-            to_channels_first<A>(tile->line, fine.numel(), channels, s.n, static_cast<T*>(a.y) + image + row(s));
-          });
-        });
+        a.channels_last ? sample_channels_last(b, *tile) : sample(b, *tile);
       }
     });
   }
 
+  void sample(int64_t b, Work& tile) const {
+    tile.template find_cells<false>(a.border);
+    for_channels(b, [&](int64_t image, int64_t channels) {
+      tile.load(static_cast<const T*>(a.x) + image, channels);
+      tile.for_lines([&](const Segment& s, int64_t first) {
+        tile.gather(first, first + s.n);
+        to_channels_first<A>(tile.line, fine.numel(), channels, s.n, static_cast<T*>(a.y) + image + row(s));
+      });
+    });
+  }
+
+  // What lies in memory as it is worked on needs no copies.
+  void sample_channels_last(int64_t b, Work& tile) const {
+    tile.template find_cells_in_image<false>(a.border);
+    tile.for_lines([&](const Segment& s, int64_t first) {
+      tile.cells.gather(voxel(a.x, b, 0), a.C, first, first + s.n, voxel(a.y, b, row(s)));
+    });
+  }
+
+  // The channels of a voxel of a tensor [B, *S, C].
+  const T* voxel(const void* p, int64_t b, int64_t i) const { return voxel(const_cast<void*>(p), b, i); }
+  T* voxel(void* p, int64_t b, int64_t i) const { return static_cast<T*>(p) + (b * fine.numel() + i) * a.C; }
+
   void grad_x() const {
     prefer_large_pages(a.grad_x, a.B * a.C * fine.numel() * sizeof(T));
+    if (a.channels_last) return grad_x_channels_last();
     image_gradient<T, I, d>(
         a.B, a.C, fine, tiles, a.border, static_cast<T*>(a.grad_x),
         [&](int64_t b, const Box& part, Work& tile) { place(b, part, tile); },
@@ -111,16 +128,57 @@ struct Warper {
         });
   }
 
+  // As `image_gradient` does it, without copies.
+  void grad_x_channels_last() const {
+    constexpr bool kDirect = std::is_same_v<T, A>;
+    const int64_t outer = fine.S[0] * fine.S[1], line = fine.S[2] * a.C;
+    const int64_t most = kDirect ? outer : max<int64_t>(1, kSums / line);
+    parallel_for(a.B * outer, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<Work> tile(new Work);
+      Scratch<A> memory(kDirect ? 0 : min(most, outer) * line);
+      A* const taken = kDirect ? nullptr : memory.take(min(most, outer) * line);
+      while (begin < end) {
+        const int64_t b = begin / outer, first = begin % outer, lines = min(min(outer - first, end - begin), most);
+        const Range range{first * fine.S[2], (first + lines) * fine.S[2]};
+        T* const own = voxel(a.grad_x, b, range.begin);
+        A* const sums = kDirect ? reinterpret_cast<A*>(own) : taken;
+        fill(sums, lines * line, A(0));
+        for (int64_t i = 0; i < tiles.count(); i++) {
+          place(b, tiles[i], *tile);
+          if (!tile->reads(range)) continue;
+          tile->template find_cells_in_image<false>(a.border);
+          tile->for_lines([&](const Segment& s, int64_t at) {
+            tile->cells.scatter(sums - range.begin * a.C, a.C, at, at + s.n, voxel(a.grad_y, b, row(s)),
+                                [&](int64_t voxel) { return voxel >= range.begin && voxel < range.end; });
+          });
+        }
+        for (int64_t x = 0; !kDirect && x < lines * line; x++) own[x] = static_cast<T>(sums[x]);
+        begin += lines;
+      }
+    });
+  }
+
   // Sets the tile's `grad` in the lines [low, high) along the outermost axis.
   void position_gradient(int64_t b, int64_t low, int64_t high, Work& tile) const {
     for (int i = 0; i < d; i++) fill(tile.grad[i], tile.numel(), A(0));
+    if (a.channels_last) {
+      tile.template find_cells_in_image<true>(a.border);
+      tile.for_lines([&](const Segment& s, int64_t first) {
+        const int64_t at = d == 3 ? s.z : s.y;
+        if (at >= low && at < high)
+          tile.cells.position_gradient(voxel(a.x, b, 0), a.C, first, first + s.n, voxel(a.grad_y, b, row(s)),
+                                       tile.grad);
+      });
+      return;
+    }
+    tile.template find_cells<true>(a.border);
     for_channels(b, [&](int64_t image, int64_t channels) {
       tile.load(static_cast<const T*>(a.x) + image, channels);
       tile.for_lines([&](const Segment& s, int64_t first) {
         const int64_t at = d == 3 ? s.z : s.y;
         if (at < low || at >= high) return;
         to_channels_last<A>(static_cast<const T*>(a.grad_y) + image + row(s), fine.numel(), channels, s.n, tile.line);
-        tile.cells.position_gradient(tile.copy, first, first + s.n, tile.line, tile.grad);
+        tile.position_gradient(first, first + s.n);
       });
     });
   }
@@ -155,7 +213,6 @@ struct Warper {
           const Box part = tiles[i];
           if (part.low[3 - d] >= high || part.low[3 - d] + part.grid.S[3 - d] <= low) continue;
           place(b, part, *tile);
-          tile->template find_cells<true>(a.border);
           position_gradient(b, low, high, *tile);
           tile->for_lines([&](const Segment& s, int64_t at) {
             for (int axis = 0; axis < d; axis++)

@@ -15,6 +15,7 @@ const Kernels& kernels() {
       cuda::veu_bwd_workspace,
       cuda::warp_bwd_workspace,
       cuda::compose_bwd_workspace,
+      0,
   };
   return table;
 }
