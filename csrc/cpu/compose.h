@@ -11,6 +11,7 @@ struct Composer {
   using A = Acc<T>;
   using Work = Tile<A, I, d>;
   static constexpr int64_t W = kWidth<A>;
+  static constexpr bool kFew = d <= kHalf<A>;
   const Compose& a;
   Grid fine, coarse;
   Tiling<d> tiles;
@@ -64,11 +65,16 @@ struct Composer {
     for_tiles<false>([&](int64_t b, Work& tile) {
       for (int64_t c0 = 0; c0 < d; c0 += W) {
         const int64_t n = min(W, d - c0);
-        tile.load(flow(b, c0), n);
+        kFew ? tile.load_few(flow(b, c0), n) : tile.load(flow(b, c0), n);
         tile.for_lines([&](const Segment& s, int64_t first) {
-          tile.gather(first, first + s.n);
           A up[W][kSegment];
-          to_channels_first<A>(tile.line, kSegment, n, s.n, up[0]);
+          if (kFew) {
+            tile.gather_few(first, first + s.n);
+            to_few_channels_first<A>(tile.values(tile.line), kSegment, n, s.n, up[0]);
+          } else {
+            tile.gather(first, first + s.n);
+            to_channels_first<A>(tile.line, kSegment, n, s.n, up[0]);
+          }
           for (int64_t i = 0; i < n; i++) {
             const T* const residual = static_cast<const T*>(a.residual) + fine_at(b, c0 + i, s);
             T* const y = static_cast<T*>(a.y) + fine_at(b, c0 + i, s);

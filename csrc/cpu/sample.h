@@ -10,20 +10,22 @@ namespace COVER_ISA {
 constexpr int64_t kTileVoxels = 4096;  // at most
 constexpr int64_t kAhead = 32;         // voxels between a read of an image and the request for it
 
-// Cells of the positions of a tile. Corner c takes bit i of c along axis i, the last axis lowest.
+// Cells of the positions of a tile. Corner c takes bit i of c along axis i, the last axis lowest. Its weight is
+// outer[c / 2] inner[c % 2].
 template <class A, class I, int d>
 struct Cells {
   static constexpr int kCorners = 1 << d;
   static constexpr int64_t kSize = kTileVoxels + 64 / sizeof(A);  // no power of two: lines in different sets of a cache
   using V = Channels<A>;
   typedef A Values[kSize];
-  I first[kSize];           // index of a cell's first voxel
-  I corner[kCorners];       // distance of each corner from it; 0 along an axis of one voxel
-  Values weight[kCorners];  // 0 outside the image
-  I partial[kSize];         // not 0 where some weight is 0
-  Values part[d][2];        // factors of the weights along each axis
-  Values slope[d][2];       // their derivatives
+  I first[kSize];                        // index of a cell's first voxel
+  I corner[kCorners];                    // distance of each corner from it; 0 along an axis of one voxel
+  Values outer[kCorners / 2], inner[2];  // of the weights; 0 outside the image
+  I partial[kSize];                      // not 0 where some weight is 0
+  Values part[d][2];                     // factors of the weights along each axis
+  Values slope[d][2];                    // their derivatives
 
+  A weight(int c, int64_t x) const { return outer[c / 2][x] * inner[c % 2][x]; }
   static constexpr int bit(int c, int i) { return c >> (d - 1 - i) & 1; }
 
   // position [d][n], in voxels of `grid` from `origin` on. With `border` it is clamped into the image, else corners
@@ -70,12 +72,16 @@ struct Cells {
           store(slope[i][1] + x, usual ? moves * beyond : past ? -moves : zero);
         }
       }
-      for (int c = 0; c < kCorners; c++) {
-        Vec<A> w = factor[0][bit(c, 0)];
-        for (int i = 1; i < d; i++) w *= factor[i][bit(c, i)];
-        store(weight[c] + x, w);
+      const auto keep = [&](A* to, Vec<A> w) {
+        store(to + x, w);
         some_zero |= __builtin_convertvector(w == zero, Index);
+      };
+      for (int c = 0; c < kCorners; c += 2) {
+        Vec<A> w = factor[0][bit(c, 0)];
+        for (int i = 1; i < d - 1; i++) w *= factor[i][bit(c, i)];
+        keep(outer[c / 2], w);
       }
+      for (int c = 0; c < 2; c++) keep(inner[c], factor[d - 1][c]);
       std::memcpy(first + x, &at, sizeof(at));
       std::memcpy(partial + x, &some_zero, sizeof(some_zero));
     }
@@ -100,17 +106,41 @@ struct Cells {
       const int64_t cell = first[x] * int64_t(C);
       prefetch(image, C, x);
       for (int64_t c0 = 0; c0 < C; c0 += kWidth<A>) {
-        // -0.0 changes no sum, and a corner of weight 0 adds nothing: a cell on a voxel returns its very bits
-        V sum = -V{};
+        V sum;
         const auto value = [&](int c) COVER_INLINE_LAMBDA { return load_lanes<A>(corners[c] + cell + c0); };
         if (partial[x]) {
+          // -0.0 changes no sum, and a corner of weight 0 adds nothing: a cell on a voxel returns its very bits
+          sum = -V{};
           for (int c = 0; c < kCorners; c++)
-            if (weight[c][x] != A(0)) sum += weight[c][x] * value(c);
+            if (const A w = weight(c, x); w != A(0)) sum += w * value(c);
         } else {
-          for (int c = 0; c < kCorners; c++) sum += weight[c][x] * value(c);
+          V side[2] = {outer[0][x] * value(0), outer[0][x] * value(1)};
+          for (int c = 2; c < kCorners; c++) side[c % 2] += outer[c / 2][x] * value(c);
+          sum = side[0] * inner[0][x] + side[1] * inner[1][x];
         }
         store_lanes<A>(out + c0, sum);
       }
+    }
+  }
+
+  // The same for kHalf channels: one load brings both of a cell's voxels along the last axis.
+  void gather_few(const A* image, int64_t begin, int64_t end, A* out) const {
+    constexpr int64_t H = kHalf<A>;
+    using Half = HalfChannels<A>;
+    for (int64_t x = begin; x < end; x++, out += H) {
+      const A* const cell = image + first[x] * H;
+      Half sum;
+      if (partial[x]) {
+        sum = -Half{};
+        for (int c = 0; c < kCorners; c++)
+          if (const A w = weight(c, x); w != A(0)) sum += w * load_as<Half>(cell + corner[c] * H);
+      } else {
+        V both = outer[0][x] * load_lanes<A>(cell);
+        for (int c = 2; c < kCorners; c += 2) both += outer[c / 2][x] * load_lanes<A>(cell + corner[c] * H);
+        const A* const sides = reinterpret_cast<const A*>(&both);
+        sum = inner[0][x] * load_as<Half>(sides) + inner[1][x] * load_as<Half>(sides + H);
+      }
+      store(out, sum);
     }
   }
 
@@ -122,11 +152,13 @@ struct Cells {
     for (int c = 0; c < kCorners; c++) corners[c] = image + corner[c] * int64_t(C);
     for (int64_t x = begin; x < end; x++, g += C) {
       prefetch(image, C, x);
+      A w[kCorners];
+      for (int c = 0; c < kCorners; c++) w[c] = weight(c, x);
       for (int c = 0; c < kCorners; c++) {
         if (!owns(int64_t(first[x]) + corner[c])) continue;
         A* const to = corners[c] + first[x] * int64_t(C);
         for (int64_t c0 = 0; c0 < C; c0 += kWidth<A>)
-          store_lanes<A>(to + c0, load_lanes<A>(to + c0) + weight[c][x] * load_lanes<A>(g + c0));
+          store_lanes<A>(to + c0, load_lanes<A>(to + c0) + w[c] * load_lanes<A>(g + c0));
       }
     }
   }
@@ -265,6 +297,15 @@ struct Tile {
   void load(const T* x, int64_t channels) {
     for_copied([&](int64_t at, int64_t n, V* row) { to_channels_last<A>(x + at, image.numel(), channels, n, row); });
   }
+
+  // The same for at most kHalf channels, which `gather_few` reads.
+  template <class T>
+  void load_few(const T* x, int64_t channels) {
+    for_copied([&](int64_t at, int64_t n, V* row) {
+      to_few_channels_last<A>(x + at, image.numel(), channels, n, values(copy) + (row - copy) * kHalf<A>);
+    });
+  }
+  void gather_few(int64_t begin, int64_t end) { cells.gather_few(values(copy), begin, end, values(line)); }
 
   void clear() {
     for_copied([&](int64_t, int64_t n, V* row) { std::memset(row, 0, n * sizeof(V)); });

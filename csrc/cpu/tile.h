@@ -27,14 +27,14 @@ COVER_INLINE void exchange(V& a, V& b, std::index_sequence<J...>) {
   a = first;
 }
 
-// A square of W x W elements, m[i][j] <-> m[j][i], by exchanging blocks of S, 2 S, .. elements.
-template <class A, int S = 1>
+// A square of W x W elements, m[i][j] <-> m[j][i], by exchanging blocks of S, 2 S, .. elements; with less than W rows
+// as many such squares, side by side.
+template <class A, int64_t rows = kWidth<A>, int S = 1>
 COVER_INLINE void transpose(Channels<A>* m) {
-  constexpr int64_t W = kWidth<A>;
-  if constexpr (S < W) {
-    for (int i = 0; i < W; i++)
-      if (!(i & S)) exchange<S>(m[i], m[i + S], std::make_index_sequence<W>());
-    transpose<A, 2 * S>(m);
+  if constexpr (S < rows) {
+    for (int i = 0; i < rows; i++)
+      if (!(i & S)) exchange<S>(m[i], m[i + S], std::make_index_sequence<kWidth<A>>());
+    transpose<A, rows, 2 * S>(m);
   }
 }
 
@@ -98,6 +98,50 @@ __attribute__((noinline)) void to_channels_first(const Channels<A>* src, int64_t
     for (int64_t i = 0; i < W; i++) m[i] = src[x + i];
     transpose<A>(m);
     for (int64_t c = 0; c < W; c++)
+      if (c < channels) store_lanes<A>(dst + c * stride + x, m[c]);
+  });
+}
+
+// Half as many channels of a voxel, for images of so few.
+template <class A>
+constexpr int64_t kHalf = kWidth<A> / 2;
+template <class A>
+using HalfChannels = Lanes<A, kHalf<A>>;
+
+// As `to_channels_last` and `to_channels_first`, for channels <= kHalf.
+template <class A, class T>
+__attribute__((noinline)) void to_few_channels_last(const T* src, int64_t stride, int64_t channels, int64_t n, A* dst) {
+  constexpr int64_t H = kHalf<A>;
+  if (n < kWidth<A>) {
+    for (int64_t x = 0; x < n; x++)
+      for (int64_t c = 0; c < H; c++) dst[x * H + c] = c < channels ? static_cast<A>(src[c * stride + x]) : A(0);
+    return;
+  }
+  for_squares<A>(n, channels, [&](int64_t x, int64_t channels) COVER_INLINE_LAMBDA {
+    Channels<A> m[H];
+    for (int64_t c = 0; c < H; c++) m[c] = c < channels ? load_lanes<A>(src + c * stride + x) : Channels<A>{};
+    transpose<A, H>(m);
+    for (int64_t i = 0; i < H; i++)
+      for (int64_t k = 0; k < 2; k++)
+        std::memcpy(dst + (x + i + k * H) * H, reinterpret_cast<const A*>(m + i) + k * H, sizeof(HalfChannels<A>));
+  });
+}
+template <class A>
+__attribute__((noinline)) void to_few_channels_first(const A* src, int64_t stride, int64_t channels, int64_t n,
+                                                     A* dst) {
+  constexpr int64_t H = kHalf<A>;
+  if (n < kWidth<A>) {
+    for (int64_t c = 0; c < channels; c++)
+      for (int64_t x = 0; x < n; x++) dst[c * stride + x] = src[x * H + c];
+    return;
+  }
+  for_squares<A>(n, channels, [&](int64_t x, int64_t channels) COVER_INLINE_LAMBDA {
+    Channels<A> m[H];
+    for (int64_t i = 0; i < H; i++)
+      for (int64_t k = 0; k < 2; k++)
+        std::memcpy(reinterpret_cast<A*>(m + i) + k * H, src + (x + i + k * H) * H, sizeof(HalfChannels<A>));
+    transpose<A, H>(m);
+    for (int64_t c = 0; c < H; c++)
       if (c < channels) store_lanes<A>(dst + c * stride + x, m[c]);
   });
 }
