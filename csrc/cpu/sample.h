@@ -32,6 +32,11 @@ struct Cells {
   // outside weigh 0. A NaN position gets NaN weights. Only kSlopes sets `part` and `slope`.
   template <bool kSlopes>
   void find(const Grid& grid, bool border, const Values* position, const int64_t* origin, int64_t n) {
+    with_constant(border, [&](auto border) { find<kSlopes, border>(grid, position, origin, n); });
+  }
+
+  template <bool kSlopes, bool border>
+  void find(const Grid& grid, const Values* position, const int64_t* origin, int64_t n) {
     constexpr int64_t lanes = kLanes<A>;
     typedef I Index __attribute__((vector_size(lanes * sizeof(I))));
     using Mask = decltype(Vec<A>{} < Vec<A>{});
@@ -52,24 +57,35 @@ struct Cells {
         const Vec<A> p = load(position[i] + x) - static_cast<A>(origin[3 - d + i]);
         const Vec<A> clamped = p < low ? splat(low) : p > high ? splat(high) : p;
         const Vec<A> valid = clamped == clamped ? clamped : zero;
-        Index floor = __builtin_convertvector(valid, Index);
-        floor += __builtin_convertvector(__builtin_convertvector(floor, Vec<A>) > valid, Index);
-        const Vec<A> fraction = clamped - __builtin_convertvector(floor, Vec<A>), rest = A(1) - fraction;
-        const Index base = floor < 0 ? Index{} : floor > base_last ? Index{} + base_last : floor;
-        // the cell's floor is the first voxel of the pair, the second (past the last pair), or before the image
-        const Mask usual = __builtin_convertvector(floor == base, Mask);
-        const Mask before = __builtin_convertvector(floor < base, Mask);
-        const Mask past = __builtin_convertvector((floor == base + 1) & (floor < size), Mask);
-        const Vec<A> beyond = size > 1 ? one : zero;
-        factor[i][0] = usual ? rest : before ? fraction : zero;
-        factor[i][1] = usual ? fraction * beyond : past ? rest : zero;
+        Index base = __builtin_convertvector(valid, Index);
+        Vec<A> to_first, to_second;  // slopes of the two factors
+        if constexpr (border) {
+          base = base > base_last ? Index{} + base_last : base;
+          const Vec<A> fraction = clamped - __builtin_convertvector(base, Vec<A>);
+          factor[i][0] = A(1) - fraction;
+          factor[i][1] = size > 1 ? fraction : zero;
+          const Vec<A> moves = (p >= low) & (p < high) ? one : zero;
+          to_first = -moves, to_second = size > 1 ? moves : zero;
+        } else {
+          const Index floor = base + __builtin_convertvector(__builtin_convertvector(base, Vec<A>) > valid, Index);
+          const Vec<A> fraction = clamped - __builtin_convertvector(floor, Vec<A>), rest = A(1) - fraction;
+          base = floor < 0 ? Index{} : floor > base_last ? Index{} + base_last : floor;
+          // the cell's floor is the first voxel of the pair, the second (past the last pair), or before the image
+          const Mask usual = __builtin_convertvector(floor == base, Mask);
+          const Mask before = __builtin_convertvector(floor < base, Mask);
+          const Mask past = __builtin_convertvector((floor == base + 1) & (floor < size), Mask);
+          const Vec<A> beyond = size > 1 ? one : zero, moves = (p >= low) & (p <= high) ? one : zero;
+          factor[i][0] = usual ? rest : before ? fraction : zero;
+          factor[i][1] = usual ? fraction * beyond : past ? rest : zero;
+          to_first = usual ? -moves : before ? moves : zero;
+          to_second = usual ? moves * beyond : past ? -moves : zero;
+        }
         at += base * stride[i];
         if (kSlopes) {
-          const Vec<A> moves = (p >= low) & (border ? p < high : p <= high) ? one : zero;
           store(part[i][0] + x, factor[i][0]);
           store(part[i][1] + x, factor[i][1]);
-          store(slope[i][0] + x, usual ? -moves : before ? moves : zero);
-          store(slope[i][1] + x, usual ? moves * beyond : past ? -moves : zero);
+          store(slope[i][0] + x, to_first);
+          store(slope[i][1] + x, to_second);
         }
       }
       const auto keep = [&](A* to, Vec<A> w) {

@@ -125,6 +125,12 @@ COVER_INLINE void unroll(const F& f) {
   unroll(std::make_integer_sequence<int, N>(), f);
 }
 
+// Calls f with a condition as a constant.
+template <class F>
+COVER_INLINE void with_constant(bool condition, const F& f) {
+  condition ? f(std::true_type()) : f(std::false_type());
+}
+
 // a > b ? a : b, and so b where one is NaN: one instruction, which compilers do not see where a is a constant.
 template <class V>
 COVER_INLINE V larger(V a, V b) {

@@ -263,12 +263,6 @@ inline A longest_in_tile(const VeuTiles<A>& t, const VeuTile<A>& tile, const A* 
   return largest<A>(most);
 }
 
-// Calls f with a condition as a constant.
-template <class F>
-COVER_INLINE void with_constant(bool condition, const F& f) {
-  condition ? f(std::true_type()) : f(std::false_type());
-}
-
 // Cuts the offsets -R..R into chunks and calls f(o, G) for each: G of them, a constant, of which the one with (G - 1) /
 // 2 before it is o.
 template <class F>
