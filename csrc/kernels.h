@@ -2,7 +2,8 @@
 //
 // Shape legend (docs/derivations.md): B batch, J vector groups (heads), C channels of one group, d spatial
 // dimensions, S = (D, H, W) spatial shape, N window width, r = (N - 1) / 2. A 2D problem is a 3D one with D = 1 and
-// a window of 1 along D. All tensors are contiguous. `acc` is the accumulation type: double for double, else float.
+// a window of 1 along D. All tensors are contiguous, but for warp's with their channels last. `acc` is the accumulation
+// type: double for double, else float.
 #pragma once
 
 #include <cstdint>
