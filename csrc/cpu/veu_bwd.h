@@ -10,6 +10,8 @@ namespace cover {
 namespace COVER_ISA {
 
 constexpr int64_t kRingElements = 1 << 20;  // of the excess, about
+constexpr double kHighest =
+    125 - kBound;  // log-sum-exp in base 2 up to which `exp2_within` serves scores within kBound
 
 template <class A>
 struct BackwardBuffers {
@@ -48,6 +50,12 @@ inline void load_inner(const VeuTiles<A>& t, A* const* grad, int64_t n, A* v, A*
   }
 }
 
+// 2^x, and 1 above 0: where scores are so large that log-sum-exp is rounded by more than 1, weights stay weights.
+template <class A>
+COVER_INLINE Vec<A> weight(Vec<A> x) {
+  return exp2(x > A(0) ? Vec<A>{} : x);
+}
+
 // sum[r][c] += sum_g t[r][g] k[c][. + F + g] for R rows of a tile.
 template <int R, int F, int G, class A>
 COVER_INLINE void add_weighted(int64_t C, const Vec<A> (*t)[G], const A* k, int64_t k_stride, A* sum, int64_t sum_row,
@@ -64,7 +72,8 @@ COVER_INLINE void add_weighted(int64_t C, const Vec<A> (*t)[G], const A* k, int6
 }
 
 // A block of key rows against kRows query rows: adds to sum, weighted [C, width] and excess [width] for G offsets, of
-// which that of `keys` is ox. With kPlain all keys take part and no score is beyond kBound.
+// which that of `keys` is ox. With kPlain all keys take part, no score is beyond kBound, and no log-sum-exp, to which
+// keys elsewhere add, beyond kHighest.
 template <int G, bool kGroups, bool kPlain, class A>
 __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBuffers<A>& s, int64_t row, int64_t x,
                                           const A* keys, const Passing& block, A ox) {
@@ -94,7 +103,7 @@ __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBu
         if constexpr (kPlain)
           w[j][g] = exp2_within(w[j][g]);
         else
-          w[j][g] = where_set(exp2(w[j][g]), key + (C + 1) * t.halo + F + g);
+          w[j][g] = where_set(weight(w[j][g]), key + (C + 1) * t.halo + F + g);
         to[j][g] = w[j][g] * offset;
         offset += grad_x[r];
         if (kGroups) excess[r] += to[j][g];
@@ -137,7 +146,7 @@ __attribute__((noinline)) void key_rows(const VeuTiles<A>& t, const BackwardBuff
       Vec<A> offset = load(base + F + g) + load(grad_x + F + g) * (ox - static_cast<A>(F + g)) + slope * y;
       if (z != 0) offset -= load(grad_z + F + g) * z;
       unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
-        w[j][g] = (kPlain ? exp2_within(w[j][g]) : exp2(w[j][g])) * offset;
+        w[j][g] = (kPlain ? exp2_within(w[j][g]) : weight(w[j][g])) * offset;
         offset += slope;  // the next key row
       });
     });
@@ -165,6 +174,13 @@ inline void grad_queries(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTi
   load_inner(t, s.grad, size, s.excess, s.inner, [&](int64_t i, A* v) { load_acc(a.v, a.d, i, A(0), v); });
   load_acc(a.lse, a.J, j, -kInf<A>, s.lse);
   lse_to_base2(s.lse, size);
+  // not that of voxels beyond the image, and of queries without a key, which only a mask leaves
+  Vec<A> highest{};
+  for (int64_t x = 0; x < size; x += kLanes<A>) {
+    const Vec<A> lse = load(s.lse + x);
+    highest = larger(lse == kInf<A> ? Vec<A>{} : lse, highest);
+  }
+  const bool moderate = largest<A>(highest) <= static_cast<A>(kHighest);
   fill(s.excess, size, A(0));
   fill(s.sum, a.C * t.tile_size(), A(0));
   if (a.J > 1) fill(s.weighted, a.C * t.tile_size(), A(0));
@@ -174,8 +190,8 @@ inline void grad_queries(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTi
   for_passing_rows(t, tile, [&](int64_t z, int64_t y, int64_t n) {
     load_keys(t, in, b, j, z, y, n, s.passing);
     for (int64_t x = 0; x < tile.nx; x += kLanes<A>) {
-      const bool plain = !sees_masked(t, tile, x) &&
-                         bounded(longest_query * longest_seen(t, s.passing + a.C * t.halo, (a.C + 2) * t.halo, n, x));
+      const bool plain = moderate && !sees_masked(t, tile, x) &&
+                         bounded(longest_query * largest_seen(t, s.passing + a.C * t.halo, (a.C + 2) * t.halo, n, x));
       for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
         for_chunks(t.R[2], [&](int64_t o, auto G) {
           with_constant(a.J > 1, [&](auto groups) {
@@ -232,8 +248,9 @@ inline void grad_keys(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<
       for (int64_t x = 0; x < t.halo; x++) base[x] = -s.inner[x];
     }
     for (int64_t x = 0; x < tile.nx; x += kLanes<A>) {
-      const bool plain =
-          !sees_masked(t, tile, x) && bounded(longest_key * longest_seen(t, s.passing + a.C * t.halo, row_size, n, x));
+      const bool plain = !sees_masked(t, tile, x) &&
+                         bounded(longest_key * largest_seen(t, s.passing + a.C * t.halo, row_size, n, x)) &&
+                         largest_seen(t, s.passing + (a.C + 5) * t.halo, row_size, n, x) <= static_cast<A>(kHighest);
       for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
         for_chunks(t.R[2], [&](int64_t o, auto G) {
           with_constant(plain, [&](auto plain) {

@@ -156,30 +156,31 @@ __attribute__((noinline)) void general_rows(const VeuTiles<A>& t, const A* q, co
                                             int64_t oy, A middle, const Softmax<A>& state) {
   constexpr int F = -((G - 1) / 2);
   const int64_t C = t.a.C;
-  const Vec<A> before = load(state.top), one = splat(A(1)), none = splat(-kInf<A>);
+  const Vec<A> before = load(state.top), zero{}, one = splat(A(1)), none = splat(-kInf<A>);
   Vec<A> top = before, limit = load(state.sum) == A(0) ? none : splat(static_cast<A>(kSlack));
   Sums<A> sums;
+  // what sums of weights are worth from `now` on; there are none if it is lower
+  const auto decay = [&](Vec<A> from, Vec<A> now) { return exp2(from > now ? zero : from - now); };
   for (int64_t i = seen.first; i < seen.last; i++) {
     const A* row = keys + i * (C + 2) * t.halo;
-    Vec<A> s[1][G], peak = none;
-    for (int g = 0; g < G; g++) s[0][g] = where_set(one, row + (C + 1) * t.halo + F + g) == A(0) ? none : -top;
+    Vec<A> s[1][G] = {}, peak = none;
     dot<1, F, G>(0, C, q, 0, t.width, row, t.halo, 0, s);
-    for (int g = 0; g < G; g++) peak = larger(s[0][g], peak);
-    const auto raised = peak > limit;
+    for (int g = 0; g < G; g++) {
+      s[0][g] = where_set(one, row + (C + 1) * t.halo + F + g) == A(0) ? none : s[0][g];
+      peak = larger(s[0][g], peak);
+    }
+    const auto raised = peak - top > limit;
     if (any(raised)) {
-      const Vec<A> now = raised ? top + peak : top, by = now - top;
-      const Vec<A> decay = exp2(by < A(0) ? Vec<A>{} : -by);  // below 0 where there was no key before
+      const Vec<A> now = raised ? peak : top, by = decay(top, now);
       top = now;
       limit = raised ? splat(static_cast<A>(kSlack)) : limit;
-      sums = {sums.sum * decay, sums.along_y * decay, sums.along_x * decay};
-      for (int g = 0; g < G; g++) s[0][g] -= by;
+      sums = {sums.sum * by, sums.along_y * by, sums.along_x * by};
     }
-    for (int g = 0; g < G; g++) s[0][g] = exp2(s[0][g]);
+    for (int g = 0; g < G; g++) s[0][g] = exp2(s[0][g] - top);
     add_weights<0, G, G>(s[0], static_cast<A>(oy + i), sums);
   }
-  const Vec<A> by = top - before;
   store(state.top, top);
-  add_sums(state, exp2(by < A(0) ? Vec<A>{} : -by), sums, one, middle, static_cast<A>(oz));
+  add_sums(state, decay(before, top), sums, one, middle, static_cast<A>(oz));
 }
 
 template <class A>
@@ -216,7 +217,7 @@ inline void forward_tile(const VeuTiles<A>& t, int64_t b, const VeuTile<A>& tile
       load_keys(t, in, b, j, z, y, n, s.keys);
       for (int64_t x = 0; x < tile.nx; x += kLanes<A>) {
         const bool masked = sees_masked(t, tile, x);
-        const bool safe = bounded(longest_query * longest_seen(t, s.keys + a.C * t.halo, (a.C + 2) * t.halo, n, x));
+        const bool safe = bounded(longest_query * largest_seen(t, s.keys + a.C * t.halo, (a.C + 2) * t.halo, n, x));
         for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
           for_chunks(t.R[2], [&](int64_t o, auto G) {
             const A *q = s.q + row * (a.C + 1) * t.width + x, *keys = s.keys + t.left + x + o;

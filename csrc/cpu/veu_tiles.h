@@ -239,13 +239,13 @@ inline bool bounded(A product) {
   return product <= static_cast<A>(kBound * kBound);
 }
 
-// The largest squared length of what the windows of the vector at x of a tile see in n padded rows, `row` apart, of
-// which the first one's squared lengths are given. No NaN: whatever bounds it, all that comes of it is NaN.
+// The largest of what the windows of the vector at x of a tile see in one channel of n padded rows, `row` apart; 0 if
+// it is below 0. A NaN does not count: whatever bounds it, all that comes of it is NaN.
 template <class A>
-inline A longest_seen(const VeuTiles<A>& t, const A* squares, int64_t row, int64_t n, int64_t x) {
+inline A largest_seen(const VeuTiles<A>& t, const A* first, int64_t row, int64_t n, int64_t x) {
   Vec<A> most{};
   for (int64_t i = 0; i < n; i++) {
-    const A *p = squares + i * row + t.left + x - t.R[2], *last = p + 2 * t.R[2];
+    const A *p = first + i * row + t.left + x - t.R[2], *last = p + 2 * t.R[2];
     most = larger(load(last), most);
     for (; p < last; p += kLanes<A>) most = larger(load(p), most);
   }
