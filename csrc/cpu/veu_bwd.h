@@ -51,9 +51,9 @@ inline void load_inner(const VeuTiles<A>& t, A* const* grad, int64_t n, A* v, A*
 }
 
 // 2^x, and 1 above 0: where scores are so large that log-sum-exp is rounded by more than 1, weights stay weights.
-template <class A>
-COVER_INLINE Vec<A> weight(Vec<A> x) {
-  return exp2(x > A(0) ? Vec<A>{} : x);
+template <class V>
+COVER_INLINE V weight(V x) {
+  return exp2(x > V{} ? V{} : x);
 }
 
 // sum[r][c] += sum_g t[r][g] k[c][. + F + g] for R rows of a tile.
