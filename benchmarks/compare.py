@@ -3,11 +3,12 @@
 The exit status is 1 where something of ours got worse: instructions by more than 1 %, peak memory by more than 5 % and
 1 MiB, a time beyond noise, or a row that is no longer there. A machine is not as fast in every run: times are divided
 by its drift, the median ratio of the rows that run nothing of ours (of the measured peaks, where there are none).
-A time is beyond noise if it then is slower by more than the tolerance, and by more than twice what those rows scatter,
-and if the quartiles of both runs do not meet.
+A time is beyond noise if it then is slower by more than the tolerance, by more than twice what those rows scatter and
+by more than what separates their drift from that of the peaks, and if the quartiles of both runs do not meet.
 """
 
 import argparse
+import math
 import statistics
 import sys
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Drift:
 
     factor: float
     scatter: float
+    of: str  # what it is the ratio of
 
 
 def keyed(document: dict) -> dict[tuple[str, str, str], Row]:
@@ -32,12 +34,16 @@ def keyed(document: dict) -> dict[tuple[str, str, str], Row]:
 
 def drift(old: dict, new: dict) -> Drift:
     before, after = keyed(old), keyed(new)
+    flops = [(document["cover"].get("peaks") or {}).get("flops") for document in (old, new)]
+    peaks = flops[0] / flops[1] if all(flops) else 1.0
     ratios = [after[key].median / before[key].median for key in before.keys() & after.keys() if key[2] != "cover"]
     if ratios:
         middle = statistics.median(ratios)
-        return Drift(middle, statistics.median(abs(ratio / middle - 1) for ratio in ratios))
-    peaks = [document["cover"].get("peaks", {}).get("flops") for document in (old, new)]
-    return Drift(peaks[0] / peaks[1] if all(peaks) else 1.0, 0.0)
+        scatter = statistics.median(abs(ratio / middle - 1) for ratio in ratios)
+        if all(flops):
+            scatter = max(scatter, abs(middle / peaks - 1) / 2)
+        return Drift(middle, scatter, f"{len(ratios)} rows that run nothing of ours")
+    return Drift(peaks, 0.0, "measured peaks; there are no rows that run nothing of ours")
 
 
 def slower(before: Row, after: Row, machine: Drift, tolerance: float) -> bool:
@@ -51,8 +57,8 @@ def compare(old: dict, new: dict, tolerance: float) -> tuple[list[str], list[str
     lines, worse, machine = [], [], drift(old, new)
     before, after = keyed(old), keyed(new)
     lines.append(
-        f"the machine: {machine.factor:.2f} times as slow as in the older run; rows that run nothing of ours scatter "
-        f"by {machine.scatter:.1%}"
+        f"the machine: {machine.factor:.2f} times as slow as in the older run, to within {2 * machine.scatter:.1%} "
+        f"(by {machine.of})"
     )
     for name in ("device", "threads", "torch", "backend"):
         values = [document["cover"]["machine"].get(name) for document in (old, new)]
@@ -75,7 +81,7 @@ def compare(old: dict, new: dict, tolerance: float) -> tuple[list[str], list[str
             worse.append(f"{name}: peak memory {memory[1] / 2**20:.1f} MiB, was {memory[0] / 2**20:.1f}")
         lines.append(f"{name:64}{1e3 * a.median:10.4g}{1e3 * b.median:10.4g}{ratio:8.2f}{verdict}")
     counts = [document["cover"].get("instructions") or {} for document in (old, new)]
-    if all(counts):
+    if counts[0]:
         lines.append(f"\n{'instructions':64}{'old':>14}{'new':>14}{'ratio':>8}")
         for name, a in counts[0].items():
             b = counts[1].get(name)
@@ -98,6 +104,10 @@ def main(arguments=None) -> int:
         old, new = load(options.old), load(options.new)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if not 0 <= options.tolerance < math.inf:
+        parser.error(f"--tolerance must be a share of at least 0, got {options.tolerance}")
+    if not (any(row.who == "cover" for row in rows(old)) or old["cover"].get("instructions")):
+        parser.error(f"{options.old}: nothing of ours was measured")
     lines, worse = compare(old, new, options.tolerance)
     print("\n".join(lines))
     print("\n" + ("\n".join(f"REGRESSION {what}" for what in worse) or "no regression"))

@@ -5,6 +5,7 @@ The JSON is pytest-benchmark's, with a section "cover" about the machine and wha
 
 import argparse
 import json
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,19 @@ def rows(document: dict) -> list[Row]:
 
 
 def load(path: Path) -> dict:
-    """The document in a JSON file; ValueError for one that the suites did not write."""
-    document = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(document, dict) or "cover" not in document:
-        raise ValueError(f"{path}: not a result of these suites: it has no section `cover`")
+    """The document in a JSON file; ValueError, which names the file, for one that the suites did not write."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        cover, timed = document["cover"], rows(document)
+        above_0 = [x for row in timed for x in (row.median, row.q1, row.q3)]
+        above_0 += [*(cover.get("instructions") or {}).values(), (cover.get("peaks") or {}).get("flops", 1)]
+        wrong = [x for x in above_0 if not 0 < x < math.inf] + [
+            row.info["memory"] for row in timed if not 0 <= row.info["memory"] < math.inf
+        ]
+        if wrong or not isinstance(cover["machine"], dict):
+            raise ValueError(f"a measurement of {wrong[0]}" if wrong else "`machine` is no section")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a result of these suites: {type(error).__name__}: {error}") from None
     return document
 
 

@@ -49,9 +49,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[Problem, str]:
     parser = argparse.ArgumentParser(prog="python -m cover_kernels.bench", description=__doc__.splitlines()[0])
     parser.add_argument("operator", nargs="?", choices=("veu", "warp", "compose"), default="veu")
     parser.add_argument("--shape", required=True, help="of q, of the image or of the residual, such as 1x8x384x384")
-    parser.add_argument("--window", type=int, default=7, help="N (veu)")
-    parser.add_argument("--heads", type=int, default=1, help="J (veu)")
-    parser.add_argument("--stride", type=int, default=1, help="how many times coarser the flow is (warp, compose)")
+    parser.add_argument("--window", type=int, help="N (veu; default 7)")
+    parser.add_argument("--heads", type=int, help="J (veu; default 1)")
+    parser.add_argument("--stride", type=int, help="how many times coarser the flow is (warp, compose; default 1)")
     parser.add_argument("--dtype", choices=[str(dtype).removeprefix("torch.") for dtype in DTYPES], default="float32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     options = parser.parse_args(arguments)
@@ -62,25 +62,34 @@ def parse(arguments: Sequence[str] | None) -> tuple[Problem, str]:
     S, dtype = tuple(S), getattr(torch, options.dtype)
     if len(S) not in (2, 3) or min(B, channels, *S) < 1:
         parser.error(f"--shape must be BxCxHxW or BxCxDxHxW, all above 0, got {options.shape!r}")
+    if not options.device.startswith(("cpu", "cuda")):
+        parser.error(f"--device must be cpu, cuda or cuda:1 .., got {options.device!r}")
+    for name in ("stride",) if options.operator == "veu" else ("window", "heads"):
+        if getattr(options, name) is not None:
+            parser.error(f"--{name}: {options.operator} has none")
+    window = 7 if options.window is None else options.window
+    heads, stride = (1 if x is None else x for x in (options.heads, options.stride))
     if options.operator == "veu":
-        if options.heads < 1 or channels % options.heads or options.window < 1 or options.window % 2 == 0:
-            parser.error("--window must be odd, and --heads must divide the channels")
-        return Veu(S, options.window, channels // options.heads, options.heads, B, dtype), options.device
-    if options.stride < 1 or any(n % options.stride for n in S):
-        parser.error(f"--stride must divide {S}, got {options.stride}")
+        if not (0 < window < 2**31 and window % 2):
+            parser.error(f"--window must be odd, above 0 and below 2**31, got {window}")
+        if heads < 1 or channels % heads:
+            parser.error(f"--heads must divide the {channels} channels, got {heads}")
+        return Veu(S, window, channels // heads, heads, B, dtype), options.device
+    if stride < 1 or any(n % stride for n in S):
+        parser.error(f"--stride must divide {S}, got {stride}")
     if options.operator == "warp":
-        return Warp(S, channels, options.stride, B, dtype), options.device
+        return Warp(S, channels, stride, B, dtype), options.device
     if channels != len(S):
         parser.error(f"--shape of compose must have {len(S)} channels, one per axis, got {channels}")
-    return Compose(S, options.stride, B, dtype), options.device
+    return Compose(S, stride, B, dtype), options.device
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     problem, device = parse(arguments)
     try:
         tensors = problem.tensors(device)
-    except (RuntimeError, AssertionError) as error:  # torch's ways to say that a device is not there
-        print(f"{device}: {error}", file=sys.stderr)
+    except (RuntimeError, AssertionError, TypeError) as error:  # a device, or memory, that is not there
+        print(f"{problem} on {device}: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     here, peaks = machine(device), measure_peaks(device, problem.dtype)
     print(f"{problem}" + (f", {problem.work(FORWARD).pairs / 1e6:.2f} M pairs" if isinstance(problem, Veu) else ""))

@@ -49,6 +49,8 @@ BEFORE = document(entry("cover", 1e-3), entry("eager", 1e-2), entry("eager", 2e-
         ([entry("cover", 1.2e-3, spread=0.3)], []),  # the quartiles meet
         ([entry("cover", 1.5e-3), entry("eager", 1.5e-2), entry("eager", 3e-2, problem="warp")], []),  # the machine
         ([entry("cover", 1e-3), entry("eager", 5e-3), entry("eager", 1e-2, problem="warp")], ["2.00 times the time"]),
+        # peers became twice as fast, the peak did not: what is to be judged lies between
+        ([entry("cover", 0.7e-3), entry("eager", 5e-3), entry("eager", 1e-2, problem="warp")], []),
         # the machine scatters by more than what is to be judged
         ([entry("cover", 1.2e-3), entry("eager", 1.3e-2), entry("eager", 1.5e-2, problem="warp")], []),
         ([entry("cover", 1e-3, memory=3 * 2**20)], ["peak memory 3.0 MiB, was 1.0"]),
@@ -68,11 +70,36 @@ def test_comparison_of_instructions_has_no_noise(tmp_path, capsys):
     assert compare.main([*map(str, paths)]) == 1
     assert "REGRESSION veu: 1.011 times the instructions" in capsys.readouterr().out
     assert compare.main([*map(str, reversed(paths))]) == 0
-    other = tmp_path / "other.json"
-    other.write_text("{}")
-    with pytest.raises(SystemExit):
-        compare.main([str(other), str(other)])
-    assert "not a result of these suites" in capsys.readouterr().err
+    none = tmp_path / "none.json"
+    none.write_text(json.dumps(document()))
+    assert compare.main([str(paths[0]), str(none)]) == 1
+    assert "REGRESSION veu: its instructions are not in the newer run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"cover": {}}', '{"cover": {"machine": {}}, "benchmarks": [3]}', "[" * 100000]
+    + [json.dumps(document(entry("cover", median))) for median in (0, float("nan"), float("inf"))]
+    + [json.dumps(document(instructions={"veu": count})) for count in (0, "1")],
+)
+def test_files_that_hold_no_result_are_refused_by_name(tmp_path, capsys, text):
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(BEFORE))
+    bad.write_text(text)
+    for files in ((good, bad), (bad, good)):
+        with pytest.raises(SystemExit):
+            compare.main([*map(str, files)])
+        assert "bad.json: not a result of these suites" in capsys.readouterr().err
+
+
+def test_a_comparison_of_nothing_passes_nothing(tmp_path, capsys):
+    empty, good = tmp_path / "empty.json", tmp_path / "good.json"
+    empty.write_text(json.dumps(document()))
+    good.write_text(json.dumps(BEFORE))
+    for arguments in ([empty, good], [good, good, "--tolerance=nan"]):
+        with pytest.raises(SystemExit):
+            compare.main([*map(str, arguments)])
+    assert "nothing of ours was measured" in capsys.readouterr().err
 
 
 def test_report_shows_every_row_and_what_was_left_out(tmp_path):
@@ -129,7 +156,15 @@ def test_own_sizes_are_parsed_and_measured(capsys, monkeypatch):
     assert bench.main(["--shape", "1x8x12x16", "--window", "5", "--heads", "2", "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     assert "veu 1x8x12x16 N=5 J=2 bfloat16" in out and "forward + backward" in out and "bounds it" in out
-    for wrong in ("--shape 1x8x12", "--shape 1x8x12x16 --heads 3", "warp --shape 1x8x12x16 --stride 5"):
+    for wrong in (
+        "--shape 1x8x12",
+        "--shape 1x8x12x16 --heads 3",
+        "--shape 1x8x12x16 --window 4294967297",
+        "--shape 1x8x12x16 --stride 2",
+        "--shape 1x8x12x16 --device meta",
+        "warp --shape 1x8x12x16 --stride 5",
+        "warp --shape 1x8x12x16 --window 5",
+    ):
         with pytest.raises(SystemExit):
             bench.parse(wrong.split())
 

@@ -146,6 +146,41 @@ def test_scores_of_any_size_are_weighed_by_their_differences(backend, scores, ma
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU kernels")
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize(("S", "strong"), [((40, 70), 24), ((6, 7, 40), 3)])
+def test_gradients_where_some_keys_score_far_above_all_others(backend, S, strong, heads):
+    """Queries near a border of strong features see scores near 0, and a log-sum-exp of hundreds."""
+    torch.manual_seed(0)
+    q, k = torch.randn((2, 1, 4 * heads, *S), dtype=torch.float64)
+    g = torch.randn(1, len(S), *S, dtype=torch.float64)
+    q[:, :, :strong] *= 12
+    k[:, :, :strong] *= 12
+    q[:, :, strong:] *= 0.1
+    k[:, :, strong:] *= 0.1
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (q, k)]
+        with cover_kernels.use_backend(name):
+            results.append(torch.autograd.grad(veu(*leaves, 5, heads), leaves, g.to(DEVICE, dtype)))
+    for own, exact in zip(*results, strict=True):
+        # a score of hundreds is rounded by 3e-5, and so is each weight
+        torch.testing.assert_close(own.double(), exact, rtol=0, atol=1e-3 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scores_that_are_rounded_by_more_than_one_find_their_maximum(backend, dtype):
+    torch.manual_seed(0)
+    power = 2.0 ** (16 if dtype == torch.float32 else 40)
+    k = power * torch.randperm(8 * 40).view(1, 1, 8, 40).to(DEVICE, dtype)
+    q = torch.full_like(k, power)
+    leaves = [q.requires_grad_(), k.requires_grad_()]
+    v = veu(*leaves, 3, scale=1.0)
+    around = torch.nn.functional.pad(k.detach(), (1, 1, 1, 1), value=-1).unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)
+    best = around.argmax(-1)
+    assert torch.equal(v.detach(), torch.cat((best // 3 - 1, best % 3 - 1), 1).to(dtype))
+    assert all(x.isfinite().all() for x in torch.autograd.grad(v.sum(), leaves))
+
+
 def test_backward_through_the_ring_of_slabs():
     """An image too large for the ring at once gives what its parts give: the excess crosses from slab to slab."""
     torch.manual_seed(0)
