@@ -175,7 +175,14 @@ class VectorPyramid(nn.Module):
         self.receptive_field = tuple(2 * int(r) + 1 for r in self.reach)
 
     def cost(self, size: Sequence[int]) -> list[Cost]:
-        """What each level computes, coarse to fine, to compare one pair of views of `size` voxels, per axis."""
+        """What each level computes, coarse to fine, to compare one pair of views of `size` voxels, per axis.
+
+        Raises:
+            ValueError: `size` is not a number of voxels above 0 for each axis.
+        """
+        axes = len(self.strides[0])
+        if not isinstance(size, Sequence) or len(size) != axes or min(size) < 1:
+            raise ValueError(f"VectorPyramid.cost: `size` must be {axes} numbers above 0, got {size!r}")
         costs = []
         for mov, stride in zip(self.levels, self.strides, strict=True):
             S = real_size(size, stride)

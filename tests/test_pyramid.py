@@ -250,6 +250,12 @@ def test_cost_counts_what_the_levels_do():
     assert fine.multiply_adds == sum(fine[2:])
 
 
+@pytest.mark.parametrize("size", [384, (384,), (0, 4), (4, 4, 4)])
+def test_cost_names_a_size_that_is_none(size):
+    with pytest.raises(ValueError, match="cost: `size` must be 2 numbers above 0"):
+        VectorPyramid((16, 8), ((2, 2), (1, 1)), heads=(1, 1)).cost(size)
+
+
 def test_the_papers_pyramid_costs_a_fiftieth_of_a_direct_window():
     strides = tuple((2**level,) * 2 for level in reversed(range(5)))
     pyramid = VectorPyramid((512, 256, 128, 64, 32), strides, 5)
