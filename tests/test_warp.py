@@ -139,6 +139,24 @@ def test_images_of_many_tiles_under_smooth_and_rough_flows(S, C, padding):
         torch.testing.assert_close(y, expected, atol=2e-5, rtol=1e-4, equal_nan=True)
 
 
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_what_a_position_does_not_reach_does_not_reach_its_gradients(backend, value, padding, order):
+    """Positions on voxels read one voxel, and their derivative the next one too: not the others of the cell."""
+    x = torch.randn(1, 8, 4, 6)
+    x[:, :, 0, 0] = value
+    g = torch.randn(1, 8, 4, 6)
+    g[:, :, 3, 5] = value
+    leaves = [x.contiguous(memory_format=order).requires_grad_(), torch.zeros(1, 2, 4, 6).requires_grad_()]
+    grad_x, grad_flow = torch.autograd.grad(warp(*leaves, padding=padding), leaves, g)
+    finite = torch.ones(4, 6, dtype=torch.bool)
+    finite[3, 5] = False
+    assert torch.equal(grad_x.isfinite().all(1)[0], finite)
+    finite[0, 0] = False
+    assert torch.equal(grad_flow.isfinite().all(1)[0], finite)
+
+
 @pytest.mark.parametrize("C", [1, 3, 16])
 @pytest.mark.parametrize("S", [(9, 12), (5, 6, 7), (12, 1)])
 def test_all_that_is_like_the_image_lies_in_memory_as_the_image(backend, S, C):

@@ -26,6 +26,16 @@ struct Cells {
   Values slope[d][2];                    // their derivatives
 
   A weight(int c, int64_t x) const { return outer[c / 2][x] * inner[c % 2][x]; }
+  // Whether a corner counts in some derivative: one of those that do not may hold a NaN.
+  bool moves(int c, int64_t x) const {
+    for (int i = 0; i < d; i++) {
+      A w = slope[i][bit(c, i)][x];
+      for (int j = 0; j < d; j++)
+        if (j != i) w *= part[j][bit(c, j)][x];
+      if (w != A(0)) return true;
+    }
+    return false;
+  }
   static constexpr int bit(int c, int i) { return c >> (d - 1 - i) & 1; }
 
   // position [d][n], in voxels of `grid` from `origin` on. With `border` it is clamped into the image, else corners
@@ -171,7 +181,7 @@ struct Cells {
       A w[kCorners];
       for (int c = 0; c < kCorners; c++) w[c] = weight(c, x);
       for (int c = 0; c < kCorners; c++) {
-        if (!owns(int64_t(first[x]) + corner[c])) continue;
+        if (!owns(int64_t(first[x]) + corner[c]) || (partial[x] && w[c] == A(0))) continue;
         A* const to = corners[c] + first[x] * int64_t(C);
         for (int64_t c0 = 0; c0 < C; c0 += kWidth<A>)
           store_lanes<A>(to + c0, load_lanes<A>(to + c0) + w[c] * load_lanes<A>(g + c0));
@@ -192,9 +202,13 @@ struct Cells {
       for (int64_t x = x0; x < min(x0 + W, end); x++, g += C) {
         const int64_t cell = first[x] * int64_t(C);
         prefetch(image, C, x);
+        bool absent[kCorners];
+        for (int c = 0; partial[x] && c < kCorners; c++) absent[c] = !moves(c, x);
         for (int64_t c0 = 0; c0 < C; c0 += W) {
           V value[kCorners], derivative[d][kCorners / 2];
           for (int c = 0; c < kCorners; c++) value[c] = load_lanes<A>(corners[c] + cell + c0);
+          for (int c = 0; partial[x] && c < kCorners; c++)
+            if (absent[c]) value[c] = V{};
           // interpolation along the last axis first; the derivatives go along with it
           for (int i = d - 1; i >= 0; i--)
             for (int k = 0; k < 1 << i; k++) {
