@@ -3,7 +3,8 @@
 //
 // Positions are turned once into cells (the 2^d corners' indices and weights). A tile copies the box of the image that
 // it reads into scratch, transposed, a few channels at a time, and then reads or adds to all of them through the same
-// cells. The box is an image of its own: cells are found in it as in any other.
+// cells. The box is an image of its own: cells are found in it as in any other. An image that lies in memory with its
+// channels last is read, and added to, as it lies.
 namespace cover {
 namespace COVER_ISA {
 
@@ -22,6 +23,7 @@ struct Cells {
   I corner[kCorners];                    // distance of each corner from it; 0 along an axis of one voxel
   Values outer[kCorners / 2], inner[2];  // of the weights; 0 outside the image
   I partial[kSize];                      // not 0 where some weight is 0
+  int64_t count;                         // of cells
   Values part[d][2];                     // factors of the weights along each axis
   Values slope[d][2];                    // their derivatives
 
@@ -57,6 +59,7 @@ struct Cells {
       for (int i = 0; i < d; i++)
         if (grid.S[3 - d + i] > 1) corner[c] += bit(c, i) * stride[i];
     }
+    count = n;
     const Vec<A> zero{}, one = splat(A(1));
     for (int64_t x = 0; x < n; x += lanes) {
       Index at{}, some_zero{};
@@ -118,7 +121,7 @@ struct Cells {
   template <class T, class Count>
   COVER_INLINE void prefetch(const T* image, Count C, int64_t x) const {
     if constexpr (!std::is_same_v<Count, int64_t>) return;
-    const T* const ahead = image + (int64_t(first[min(x + kAhead, kSize - 1)]) + corner[kCorners - 1]) * C;
+    const T* const ahead = image + (int64_t(first[min(x + kAhead, count - 1)]) + corner[kCorners - 1]) * C;
     for (int64_t c = 0; c < C; c += 64 / sizeof(T)) __builtin_prefetch(ahead + c);
   }
 
