@@ -19,10 +19,16 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def order_of(x: Tensor) -> torch.memory_format:
-    """Channels last, where an image [B, C, *S] lies so in memory and not otherwise; else contiguous."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()]
-    return last if x.is_contiguous(memory_format=last) and not x.is_contiguous() else torch.contiguous_format
+def order(channels_last: bool, dims: int) -> torch.memory_format:
+    """The order in memory of an image [B, C, *S] of so many axes."""
+    if not channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if dims == 4 else torch.channels_last_3d
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether an image [B, C, *S] lies in memory with its channels last, and not contiguous as well."""
+    return x.is_contiguous(memory_format=order(True, x.dim())) and not x.is_contiguous()
 
 
 def _check_tensor(op: str, name: str, x: Tensor) -> None:

@@ -10,7 +10,7 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from cover_kernels.checks import acc_dtype, order_of
+from cover_kernels.checks import acc_dtype, order
 
 
 def _offsets(window):
@@ -178,15 +178,15 @@ def _warp_operands(x, flow, stride):
     return x, flow, _identity(S, flow) + _upsample(flow, S, stride)
 
 
-def warp_fwd(x, flow, stride, border):
+def warp_fwd(x, flow, stride, border, channels_last):
     image, _, position = _warp_operands(x, flow, stride)
-    return _sample(image, position, border).to(x.dtype).contiguous(memory_format=order_of(x))
+    return _sample(image, position, border).to(x.dtype).contiguous(memory_format=order(channels_last, x.dim()))
 
 
-def warp_bwd(grad_y, x, flow, stride, border, deterministic):
+def warp_bwd(grad_y, x, flow, stride, border, deterministic, channels_last):
     image, field, position = _warp_operands(x, flow, stride)
     grad_x, grad_u = _sample_bwd(grad_y.to(image.dtype), image, position, border)
-    grad_x = grad_x.to(x.dtype).contiguous(memory_format=order_of(x))
+    grad_x = grad_x.to(x.dtype).contiguous(memory_format=order(channels_last, x.dim()))
     return grad_x, _upsample_bwd(grad_u, field, stride).to(flow.dtype, copy=True)
 
 

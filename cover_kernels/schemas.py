@@ -12,11 +12,11 @@ SCHEMAS = {
     # grad_v, v [B, d, *S] acc -> grad_q, grad_k [B, J*C, *S]
     "veu_bwd": "(Tensor grad_v, Tensor q, Tensor k, Tensor v, Tensor lse, int[] window, int heads, float scale, "
     "Tensor? mask) -> (Tensor grad_q, Tensor grad_k)",
-    # x [B, C, *S], flow [B, d, *(S / stride)] -> y [B, C, *S]
-    "warp_fwd": "(Tensor x, Tensor flow, int[] stride, bool border) -> Tensor y",
+    # x [B, C, *S], flow [B, d, *(S / stride)] -> y [B, C, *S], in memory as `channels_last` says
+    "warp_fwd": "(Tensor x, Tensor flow, int[] stride, bool border, bool channels_last) -> Tensor y",
     # deterministic: the same bits in every run; grad_y [B, C, *S] -> grad_x [B, C, *S], grad_flow [B, d, *(S / stride)]
-    "warp_bwd": "(Tensor grad_y, Tensor x, Tensor flow, int[] stride, bool border, bool deterministic) -> "
-    "(Tensor grad_x, Tensor grad_flow)",
+    "warp_bwd": "(Tensor grad_y, Tensor x, Tensor flow, int[] stride, bool border, bool deterministic, "
+    "bool channels_last) -> (Tensor grad_x, Tensor grad_flow)",
     # flow [B, d, *(S / stride)], residual [B, d, *S] -> y [B, d, *S]
     "compose_fwd": "(Tensor flow, Tensor residual, int[] stride) -> Tensor y",
     # grad_y [B, d, *S] -> grad_flow [B, d, *(S / stride)], grad_residual [B, d, *S]

@@ -9,7 +9,8 @@ from cover_kernels.checks import (
     check_image,
     check_like,
     coarse_shape,
-    order_of,
+    is_channels_last,
+    order,
     per_axis,
     promoted,
 )
@@ -45,28 +46,29 @@ def warp(x: Tensor, flow: Tensor, stride: int | tuple[int, ...] = 1, padding: st
     check_like("warp", "flow", flow, "x", x, shape, (x.dtype, acc_dtype(x.dtype)))
     if not isinstance(padding, str) or padding not in ("zeros", "border"):
         raise ValueError(f'warp: `padding` must be "zeros" or "border", got {padding!r}')
-    return torch.ops.cover_kernels.warp_fwd(x, flow, stride, padding == "border")
+    # an argument, not found out by the operator: a compiler may give it another order than it was traced with
+    return torch.ops.cover_kernels.warp_fwd(x, flow, stride, padding == "border", is_channels_last(x))
 
 
-def _fwd_fake(x, flow, stride, border):
-    return torch.empty_like(x, memory_format=order_of(x))
+def _fwd_fake(x, flow, stride, border, channels_last):
+    return torch.empty_like(x, memory_format=order(channels_last, x.dim()))
 
 
 def _setup_context(ctx, inputs, output):
-    x, flow, ctx.stride, ctx.border = inputs
+    x, flow, ctx.stride, ctx.border, ctx.channels_last = inputs
     ctx.save_for_backward(x, flow)
 
 
 def _backward(ctx, grad_y):
     check_grad("warp", grad_y)
     x, flow = ctx.saved_tensors
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    grad_x, grad_flow = torch.ops.cover_kernels.warp_bwd(grad_y, x, flow, ctx.stride, ctx.border, deterministic)
-    return grad_x, grad_flow, None, None
+    options = ctx.stride, ctx.border, torch.are_deterministic_algorithms_enabled(), ctx.channels_last
+    grad_x, grad_flow = torch.ops.cover_kernels.warp_bwd(grad_y, x, flow, *options)
+    return grad_x, grad_flow, None, None, None
 
 
-def _bwd_fake(grad_y, x, flow, stride, border, deterministic):
-    return torch.empty_like(x, memory_format=order_of(x)), flow.new_empty(flow.shape)
+def _bwd_fake(grad_y, x, flow, stride, border, deterministic, channels_last):
+    return torch.empty_like(x, memory_format=order(channels_last, x.dim())), flow.new_empty(flow.shape)
 
 
 register("warp_fwd", fake=_fwd_fake, setup_context=_setup_context, backward=_backward)

@@ -91,20 +91,6 @@ inline Veu veu_args(const Tensor& q, const Tensor& k, const Ints& window, int64_
   return a;
 }
 
-// Channels last, where an image lies so in memory and not otherwise; else contiguous.
-inline MemoryFormat order_of(const Tensor& t) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  const int64_t last = t.dim() - 1;
-  bool channels_last = !t.is_contiguous() && (t.dim() == 4 || t.dim() == 5);
-  for (int64_t i = 0, expected = 1; i <= last; i++) {
-    const int64_t axis = i == 0 ? 1 : i == last ? 0 : last + 1 - i;  // C, the last axis, .., the first one, B
-    channels_last = channels_last && (sizes[axis] == 1 || strides[axis] == expected);
-    expected *= sizes[axis];
-  }
-  if (!channels_last) return MemoryFormat::Contiguous;
-  return t.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
-}
-
 inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
   return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
 }
@@ -151,15 +137,19 @@ std::tuple<Tensor, Tensor> veu_bwd(Tensor grad_v, Tensor q, Tensor k, Tensor v, 
   return {grad_q, grad_k};
 }
 
-// The order in which the kernels take an image that lies in `order`.
-inline MemoryFormat warp_order(const Tensor& x, MemoryFormat order) {
+// The order in memory of what is of the size of x.
+inline MemoryFormat order_of(const Tensor& x, bool channels_last) {
+  if (!channels_last) return MemoryFormat::Contiguous;
+  return x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
+// Whether the kernels take an image with its channels last as it is; else it is copied.
+inline bool takes_channels_last(const Tensor& x) {
   const int64_t channels = kernels().warp_channels_last;
-  const bool takes = order != MemoryFormat::Contiguous && channels && x.size(1) % channels == 0;
-  return takes ? order : MemoryFormat::Contiguous;
+  return channels && x.size(1) % channels == 0;
 }
 
 inline Warp warp_args(const Tensor& x, const Tensor& flow, const Ints& stride, bool border) {
-  expect_image("warp", x, stride);
   const bool same = flow.scalar_type() == x.scalar_type();
   expect("warp: flow", flow, shape_like("warp", x, x.dim() - 2, stride), same ? x.scalar_type() : acc_dtype(x), x);
   Warp a{};
@@ -172,37 +162,38 @@ inline Warp warp_args(const Tensor& x, const Tensor& flow, const Ints& stride, b
   return a;
 }
 
-// What is of the size of x comes in its order of memory.
 template <class Guard>
-Tensor warp_fwd(Tensor x, Tensor flow, Ints stride, bool border) {
+Tensor warp_fwd(Tensor x, Tensor flow, Ints stride, bool border, bool channels_last) {
   const Guard guard(x);
-  const MemoryFormat order = order_of(x), inner = warp_order(x, order);
-  x = torch::stable::contiguous(x, inner), flow = torch::stable::contiguous(flow);
+  expect_image("warp", x, stride);
+  const bool as_it_is = channels_last && takes_channels_last(x);
+  x = torch::stable::contiguous(x, order_of(x, as_it_is)), flow = torch::stable::contiguous(flow);
   Warp a = warp_args(x, flow, stride, border);
   Tensor y = torch::stable::empty_like(x);
-  a.channels_last = inner != MemoryFormat::Contiguous;
+  a.channels_last = as_it_is;
   a.y = y.mutable_data_ptr();
   if (a.B) kernels().warp_fwd(a);
-  return torch::stable::contiguous(y, order);
+  return torch::stable::contiguous(y, order_of(y, channels_last));
 }
 
 template <class Guard>
-std::tuple<Tensor, Tensor> warp_bwd(Tensor grad_y, Tensor x, Tensor flow, Ints stride, bool border,
-                                    bool deterministic) {
+std::tuple<Tensor, Tensor> warp_bwd(Tensor grad_y, Tensor x, Tensor flow, Ints stride, bool border, bool deterministic,
+                                    bool channels_last) {
   const Guard guard(x);
-  const MemoryFormat order = order_of(x), inner = warp_order(x, order);
-  x = torch::stable::contiguous(x, inner), flow = torch::stable::contiguous(flow);
+  expect_image("warp", x, stride);
+  const bool as_it_is = channels_last && takes_channels_last(x);
+  x = torch::stable::contiguous(x, order_of(x, as_it_is)), flow = torch::stable::contiguous(flow);
   Warp a = warp_args(x, flow, stride, border);
   expect("warp: grad_y", grad_y, shape_like("warp", x, a.C), x.scalar_type(), x);
-  grad_y = torch::stable::contiguous(grad_y, inner);
+  grad_y = torch::stable::contiguous(grad_y, order_of(x, as_it_is));
   Tensor grad_x = torch::stable::empty_like(x), grad_flow = torch::stable::new_empty(flow, flow.sizes());
-  a.channels_last = inner != MemoryFormat::Contiguous;
+  a.channels_last = as_it_is;
   a.grad_y = grad_y.const_data_ptr();
   a.deterministic = deterministic;
   a.grad_x = grad_x.mutable_data_ptr(), a.grad_flow = grad_flow.mutable_data_ptr();
   const auto workspace = allocate_workspace(x, kernels().warp_bwd_workspace, a);
   if (a.B) kernels().warp_bwd(a);
-  return {torch::stable::contiguous(grad_x, order), grad_flow};
+  return {torch::stable::contiguous(grad_x, order_of(x, channels_last)), grad_flow};
 }
 
 inline Compose compose_args(const Tensor& flow, const Tensor& residual, const Ints& stride) {

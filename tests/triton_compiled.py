@@ -60,8 +60,8 @@ def veu(C, N, S, dtype, heads=1, masked=False):
 def sampling(C, S, stride, dtype, deterministic, border=False):
     d = len(S)
     x, flow = meta(2, C, *S, dtype=dtype), meta(2, d, *(n // stride for n in S), dtype=dtype)
-    warp_fwd(x, flow, [stride] * d, border)
-    warp_bwd(torch.empty_like(x), x, flow, [stride] * d, border, deterministic)
+    warp_fwd(x, flow, [stride] * d, border, False)
+    warp_bwd(torch.empty_like(x), x, flow, [stride] * d, border, deterministic, False)
     residual = meta(2, d, *S, dtype=dtype)
     compose_fwd(flow, residual, [stride] * d)
     compose_bwd(torch.empty_like(residual), flow, residual, [stride] * d, deterministic)

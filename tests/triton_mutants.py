@@ -79,9 +79,10 @@ PROBLEMS = {
 def results(kernels, operator, forward, grad, deterministic, dtype):
     """Name -> result of the operator's forward and backward."""
     forward = [a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in forward]
-    y = getattr(kernels, f"{operator}_fwd")(*forward)
+    order = (False,) if operator == "warp" else ()  # channels_last
+    y = getattr(kernels, f"{operator}_fwd")(*forward, *order)
     saved = (*forward[:2], *(y if operator == "veu" else ()))
-    grads = getattr(kernels, f"{operator}_bwd")(grad.to(dtype), *saved, *forward[2:], *deterministic)
+    grads = getattr(kernels, f"{operator}_bwd")(grad.to(dtype), *saved, *forward[2:], *deterministic, *order)
     names = ["grad of the first argument", "grad of the second argument"]
     return {"output": y[0] if operator == "veu" else y, **dict(zip(names, grads, strict=True))}
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cover_kernels.checks import acc_dtype, order_of
+from cover_kernels.checks import acc_dtype, order
 from cover_kernels.triton.common import (
     Scatter,
     block_of_voxels,
@@ -218,21 +218,19 @@ def _options(x, stride, border):
     return {**_sizes(x, stride), "C": x.shape[1], "UP": any(s != 1 for s in stride), "BORDER": border, "ACC": acc}
 
 
-def warp_fwd(x, flow, stride, border):
+def warp_fwd(x, flow, stride, border, channels_last):
     """See `reference.warp_fwd`. Allocates its output only."""
-    order = order_of(x)
     x, flow = x.contiguous(), flow.contiguous()
     y = torch.empty_like(x)
     if len(x):
         with on_device(x):
             launch(_warp_fwd, x, len(x), x, flow, y, **_options(x, stride, border))
-    return y.contiguous(memory_format=order)
+    return y.contiguous(memory_format=order(channels_last, x.dim()))
 
 
-def warp_bwd(grad_y, x, flow, stride, border, deterministic):
+def warp_bwd(grad_y, x, flow, stride, border, deterministic, channels_last):
     """See `reference.warp_bwd`. Allocates its outputs, the sums of `common.Scatter` and, with a stride, the gradient of
     the displacement at every voxel: [B, d, *S] acc."""
-    order = order_of(x)
     grad_y, x, flow = grad_y.contiguous(), x.contiguous(), flow.contiguous()
     if not len(x):
         return torch.empty_like(x), torch.empty_like(flow)
@@ -248,4 +246,4 @@ def warp_bwd(grad_y, x, flow, stride, border, deterministic):
         launch(_warp_bwd, x, len(x), grad_y, x, flow, grad_u, **sums.arguments(), **options)
         if options["UP"]:
             launch(_upsample_bwd, flow, flow.shape[0] * flow.shape[1], grad_u, grad_flow, **_sizes(x, stride))
-        return sums.finish().contiguous(memory_format=order), grad_flow
+        return sums.finish().contiguous(memory_format=order(channels_last, x.dim())), grad_flow

@@ -65,6 +65,8 @@ class Harness(TorchDispatchMode):
         if func.namespace != "cover_kernels":
             return func(*args, **(kwargs or {}))
         name = func.__name__.removesuffix(".default")
+        if name.startswith("warp"):
+            args = args[:-1]  # the kernels know one order of memory
         arguments = [*(_DTYPES[args[i].dtype] for i in _TYPED[name]), *map(_to_numpy, args)]
         self.calls.append((name, arguments))
         outputs = getattr(self.module, name)(*arguments)
