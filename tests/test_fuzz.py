@@ -242,12 +242,13 @@ def raw_calls(draw):
         extra = [axes(arguments["window"]), arguments["heads"], 1.0, arguments["mask"]]
     else:
         extra = [axes(arguments["stride"]), *([arguments["padding"] == "border"] if operator == "warp" else [])]
-    raw, name = [*tensors, *extra], f"{operator}_fwd"
+    order = [draw(st.booleans())] if operator == "warp" else []  # channels_last
+    raw, name = [*tensors, *extra, *order], f"{operator}_fwd"
     if draw(st.booleans()):
         outputs = getattr(torch.ops.cover_kernels, name)(*raw)
         saved = outputs if isinstance(outputs, tuple) else ()
         y = saved[0] if saved else outputs
-        raw = [torch.ones_like(y), *tensors, *saved, *extra, *([] if saved else [draw(st.booleans())])]
+        raw = [torch.ones_like(y), *tensors, *saved, *extra, *([] if saved else [draw(st.booleans())]), *order]
         name = f"{operator}_bwd"
     i = draw(st.integers(0, len(raw) - 1))
     if isinstance(raw[i], torch.Tensor):

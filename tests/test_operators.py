@@ -93,7 +93,7 @@ def test_second_derivative_is_a_clear_error(operator):
 
 RAW = {
     "veu": (zeros(1, 8, 9, 10), zeros(1, 8, 9, 10), [3, 3], 2, 1.0, None),
-    "warp": (zeros(1, 3, 8, 8), zeros(1, 2, 4, 4), [2, 2], False),
+    "warp": (zeros(1, 3, 8, 8), zeros(1, 2, 4, 4), [2, 2], False, False),
     "compose": (zeros(1, 2, 4, 4), zeros(1, 2, 8, 8), [2, 2]),
 }
 SHAPE, DTYPE = (f"does not have the {what} that the others ask for" for what in ("shape", "dtype"))
@@ -185,12 +185,13 @@ def raw_arguments(operator, case, dtype=torch.float32):
     d = len(case.S)
     per_axis = [[v] * d if isinstance(v, int) else list(v) for v in (case.window, case.stride)]
     extra = {"veu": (per_axis[0], case.heads, 0.5, None), "warp": (per_axis[1], False), "compose": (per_axis[1],)}
-    forward = (*tensors, *extra[operator])
+    order = (False,) if operator == "warp" else ()  # channels_last
+    forward = (*tensors, *extra[operator], *order)
     outputs = getattr(torch.ops.cover_kernels, f"{operator}_fwd")(*forward)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     saved = (*tensors, *outputs) if operator == "veu" else (*tensors,)
     deterministic = () if operator == "veu" else (True,)
-    return forward, (torch.randn_like(outputs[0]), *saved, *extra[operator], *deterministic)
+    return forward, (torch.randn_like(outputs[0]), *saved, *extra[operator], *deterministic, *order)
 
 
 @pytest.mark.parametrize(
