@@ -5,6 +5,7 @@ One process by itself needs no process group, and every sum over it is the numbe
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,9 @@ def group(device: str) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # A thread of gloo's may still wait for Python's lock, to let go of a tensor of the last operation. It gets it
+        # here: if Python ends first, the thread ends the process, and a run that is done fails (seen with torch 2.13).
+        time.sleep(0.2)
 
 
 def total(x: Tensor) -> Tensor:
