@@ -37,18 +37,23 @@ def rows(document: dict) -> list[Row]:
     return found
 
 
+def check(document: dict) -> None:
+    """Raise ValueError for a measurement that is none; other errors where a part of the document is missing."""
+    cover, timed = document["cover"], rows(document)
+    above_0 = [x for row in timed for x in (row.median, row.q1, row.q3)]
+    above_0 += [*(cover.get("instructions") or {}).values(), (cover.get("peaks") or {}).get("flops", 1)]
+    memory = [row.info["memory"] for row in timed]
+    if wrong := [x for x in above_0 if not 0 < x < math.inf] + [x for x in memory if not 0 <= x < math.inf]:
+        raise ValueError(f"a measurement of {wrong[0]}")
+    if not isinstance(cover["machine"], dict):
+        raise ValueError("`machine` is no section")
+
+
 def load(path: Path) -> dict:
     """The document in a JSON file; ValueError, which names the file, for one that the suites did not write."""
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-        cover, timed = document["cover"], rows(document)
-        above_0 = [x for row in timed for x in (row.median, row.q1, row.q3)]
-        above_0 += [*(cover.get("instructions") or {}).values(), (cover.get("peaks") or {}).get("flops", 1)]
-        wrong = [x for x in above_0 if not 0 < x < math.inf] + [
-            row.info["memory"] for row in timed if not 0 <= row.info["memory"] < math.inf
-        ]
-        if wrong or not isinstance(cover["machine"], dict):
-            raise ValueError(f"a measurement of {wrong[0]}" if wrong else "`machine` is no section")
+        check(document)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a result of these suites: {type(error).__name__}: {error}") from None
     return document

@@ -11,8 +11,8 @@ import torch
 import cover_kernels
 from cover_kernels.backends import devices, serving, use_backend
 
-# float32 and float16 (the operators' halves accumulate in float32): rounding, many times over, of the largest value
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3}
+# rounding (halves accumulate in float32), many times over, of the largest value
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
 def samples(operator: str, device: str, dtype: torch.dtype):

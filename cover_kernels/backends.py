@@ -51,7 +51,7 @@ def _load_cpu() -> tuple[str, str | None]:
     )
     if not problem and not isa:
         forced = os.environ["COVER_KERNELS_ISA"]
-        problem = f"COVER_KERNELS_ISA={forced} is not avx512, avx2 or generic, or not in this processor"
+        problem = f"COVER_KERNELS_ISA={forced} is not avx512_bf16, avx512, avx2 or generic, or not in this processor"
     return isa, problem
 
 

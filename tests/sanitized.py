@@ -32,7 +32,7 @@ def environment(isa: str) -> dict[str, str]:
 
 def main(options: list[str]) -> None:
     folder = Path(__file__).parent
-    for isa in ("avx512", "avx2", "generic"):
+    for isa in ("avx512_bf16", "avx512", "avx2", "generic"):
         print(f"\n{isa}", flush=True)
         done = subprocess.run([sys.executable, "-c", FAULT], env=environment(isa), capture_output=True, text=True)
         if "not in this processor" in done.stderr:

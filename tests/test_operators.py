@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import product
 
 import operators
 import pytest
@@ -365,12 +366,13 @@ def test_gradients_take_little_memory_beside_themselves(operator, dtypes):
 
 
 @pytest.mark.skipif(operators.DEVICE != "cpu", reason="instruction sets are the CPU's")
-@pytest.mark.parametrize("isa", ["avx2", "generic"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
 def test_every_instruction_set_agrees(isa, tmp_path):
     """In a process each, since the choice is made once: the other instruction sets give what this one gives."""
+    dtypes = (torch.float32, torch.bfloat16)  # those that an instruction set may have kernels of its own for
     script = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); from operators import *;"
-        "torch.save([run(*sample_inputs(o, c, torch.float32), 'cpu') for o, c in PARAMETERS], sys.argv[2])"
+        f"torch.save([run(*sample_inputs(o, c, t), 'cpu') for o, c in PARAMETERS for t in {dtypes}], sys.argv[2])"
     )
     path = tmp_path / "results.pt"
     done = subprocess.run(
@@ -382,7 +384,8 @@ def test_every_instruction_set_agrees(isa, tmp_path):
     if "not in this processor" in done.stderr:
         pytest.skip(f"this processor has no {isa}")
     assert done.returncode == 0, done.stderr
-    for (operator, case), result in zip(PARAMETERS, torch.load(path, weights_only=True), strict=True):
-        expected = run(*sample_inputs(operator, case, torch.float32), "cpu")
-        exact = run(*sample_inputs(operator, case, torch.float64), "cpu")
-        assert_close(result, expected, exact)
+    calls = product(PARAMETERS, dtypes)
+    for ((operator, case), dtype), result in zip(calls, torch.load(path, weights_only=True), strict=True):
+        function, tensors = sample_inputs(operator, case, dtype)
+        exact = run(function, [t.double() for t in tensors], "cpu")
+        assert_close(result, run(function, tensors, "cpu"), exact)

@@ -133,22 +133,25 @@ def test_large_scores_do_not_overflow(backend):
     ],
 )
 @pytest.mark.parametrize("masked", [False, True])
-def test_scores_of_any_size_are_weighed_by_their_differences(backend, scores, masked):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_of_any_size_are_weighed_by_their_differences(backend, dtype, scores, masked):
     S = (5, 9, 20)
     z, y, x = torch.meshgrid(*map(torch.arange, S), indexing="ij")
     k = scores(y + 2 * z).float() + torch.randint(-2, 3, S, generator=torch.Generator().manual_seed(0))
     # a row's first valid keys then come late, and in some windows never
     mask = ((y > 5) & (x % 9 > 2))[None, None] if masked else None
-    v = veu(torch.ones(1, 1, *S), k[None, None], 7, scale=1.0, mask=mask)
+    q, k = torch.ones(1, 1, *S, dtype=dtype), (k[None, None] / 8).to(dtype)
+    v = veu(q, k, 7, scale=8.0, mask=mask)
     with cover_kernels.use_backend("reference"):
-        exact = veu(torch.ones(1, 1, *S, dtype=torch.float64), k[None, None].double(), 7, scale=1.0, mask=mask)
+        exact = veu(q.double(), k.double(), 7, scale=8.0, mask=mask)
     torch.testing.assert_close(v.double(), exact, rtol=0, atol=1e-3)  # scores up to 700 end at 6e-5 in float32
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU kernels")
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize(("S", "strong"), [((40, 70), 24), ((6, 7, 40), 3)])
-def test_gradients_where_some_keys_score_far_above_all_others(backend, S, strong, heads):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_where_some_keys_score_far_above_all_others(backend, dtype, S, strong, heads):
     """Queries near a border of strong features see scores near 0, and a log-sum-exp of hundreds."""
     torch.manual_seed(0)
     q, k = torch.randn((2, 1, 4 * heads, *S), dtype=torch.float64)
@@ -157,14 +160,16 @@ def test_gradients_where_some_keys_score_far_above_all_others(backend, S, strong
     k[:, :, :strong] *= 12
     q[:, :, strong:] *= 0.1
     k[:, :, strong:] *= 0.1
-    results = []
-    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
-        leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (q, k)]
+    q, k, results = q.to(dtype), k.to(dtype), []
+    for name, wide in ((backend, dtype), ("reference", torch.float64)):
+        leaves = [x.to(DEVICE, wide).requires_grad_() for x in (q, k)]
         with cover_kernels.use_backend(name):
-            results.append(torch.autograd.grad(veu(*leaves, 5, heads), leaves, g.to(DEVICE, dtype)))
+            v = veu(*leaves, 5, heads)
+            results.append(torch.autograd.grad(v, leaves, g.to(v)))
+    # a score of hundreds is rounded by 3e-5, and so is each weight; a gradient is rounded to its dtype
+    allowed = 1e-3 + torch.finfo(dtype).eps
     for own, exact in zip(*results, strict=True):
-        # a score of hundreds is rounded by 3e-5, and so is each weight
-        torch.testing.assert_close(own.double(), exact, rtol=0, atol=1e-3 * exact.abs().max().item())
+        torch.testing.assert_close(own.double(), exact, rtol=0, atol=allowed * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -293,9 +293,14 @@ COVER_INLINE Vec<A> load_part(const T* p, int64_t n) {
 #if COVER_BYTES == 64
   if constexpr (std::is_same_v<T, float>) return (Vec<A>)_mm512_maskz_loadu_ps((1 << n) - 1, p);
 #endif
-  Vec<A> v{};
-  for (int64_t i = 0; i < n; i++) v[i] = static_cast<A>(p[i]);
-  return v;
+  T part[kLanes<A>] = {};
+#if COVER_BYTES == 64
+  if constexpr (sizeof(T) == 2)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(part), _mm256_maskz_loadu_epi16((1 << n) - 1, p));
+  else
+#endif
+    for (int64_t i = 0; i < n; i++) part[i] = p[i];
+  return load_converted<A>(part);
 }
 template <class A>
 COVER_INLINE void store_part(A* p, Vec<A> v, int64_t n) {
@@ -303,40 +308,6 @@ COVER_INLINE void store_part(A* p, Vec<A> v, int64_t n) {
   if constexpr (std::is_same_v<A, float>) return _mm512_mask_storeu_ps(p, (1 << n) - 1, (__m512)v);
 #endif
   for (int64_t i = 0; i < n; i++) p[i] = v[i];
-}
-
-// Rows of n numbers, `rows` times `channels` of them: where the first begins, and how far apart they lie.
-struct Rows {
-  int64_t first, channel, row;
-};
-
-// dst[c * to.channel + y * to.row..][0..n) = factor * src[from.first + c * from.channel + y * from.row..][0..n)
-template <class A>
-inline void load_rows(Dtype dtype, const void* src, Rows from, int64_t channels, int64_t rows, int64_t n, A factor,
-                      A* dst, Rows to) {
-  with_storage(dtype, [&](auto* type) {
-    auto* p = static_cast<const std::remove_pointer_t<decltype(type)>*>(src) + from.first;
-    dst += to.first;
-    const int64_t last = n - kLanes<A>;
-    for (int64_t c = 0; c < channels; c++)
-      for (int64_t y = 0; y < rows; y++) {
-        const auto* s = p + c * from.channel + y * from.row;
-        A* d = dst + c * to.channel + y * to.row;
-        for (int64_t x = 0; x < last; x += kLanes<A>) {
-          __builtin_prefetch(s + x + from.channel);  // rows are too short for a processor to see what comes next
-          store(d + x, load_converted<A>(s + x) * factor);
-        }
-        // the last vector overlaps the one before
-        if (last >= 0) store(d + last, load_converted<A>(s + last) * factor);
-        for (int64_t x = 0; x < n && last < 0; x++) d[x] = factor * static_cast<A>(s[x]);
-      }
-  });
-}
-
-// dst[0..n) = factor * src[first..first + n)
-template <class A>
-inline void load_row(Dtype dtype, const void* src, int64_t first, int64_t n, A factor, A* dst) {
-  load_rows(dtype, src, {first, 0, 0}, 1, 1, n, factor, dst, {0, 0, 0});
 }
 
 // dst[first..first + n) = factor * src[0..n)

@@ -19,13 +19,14 @@ struct BackwardBuffers {
   int64_t cleared = -1;  // the column whose tiles `passing` is prepared for
 
   static int64_t size(const VeuTiles<A>& t) {
-    return (3 * t.a.C + 1) * t.tile_size() + t.passing * (t.a.C + 6) * t.halo + 6 * max(t.padded_size(), t.halo);
+    return ((2 * kPerWord + 1) * t.words + 1) * t.tile_size() + t.passing * (t.words + 6) * t.halo +
+           6 * max(t.padded_size(), t.halo);
   }
   BackwardBuffers(const VeuTiles<A>& t, Scratch<A>& scratch)
-      : center(scratch.take((t.a.C + 1) * t.tile_size())),        // queries or keys of the tile
-        passing(scratch.take(t.passing * (t.a.C + 6) * t.halo)),  // keys or queries of passing rows
-        sum(scratch.take(t.a.C * t.tile_size())),                 // sum t k, or the sum of grad_k
-        weighted(scratch.take(t.a.C * t.tile_size())),            // sum w k
+      : center(scratch.take((t.words + 1) * t.tile_size())),         // queries or keys of the tile
+        passing(scratch.take(t.passing * (t.words + 6) * t.halo)),   // keys or queries of passing rows
+        sum(scratch.take(kPerWord * t.words * t.tile_size())),       // sum t k, or the sum of grad_k
+        weighted(scratch.take(kPerWord * t.words * t.tile_size())),  // sum w k
         // g, <g, v>, log-sum-exp and excess: of the tile's rows, or of a passing row with its halo
         grad{scratch.take(max(t.padded_size(), t.halo)), scratch.take(max(t.padded_size(), t.halo)),
              scratch.take(max(t.padded_size(), t.halo))},
@@ -56,30 +57,47 @@ COVER_INLINE V weight(V x) {
   return exp2(x > V{} ? V{} : x);
 }
 
-// sum[r][c] += sum_g t[r][g] k[c][. + F + g] for R rows of a tile.
+// sum[r][c] += sum_g t[r][g] k[c][. + F + g] for R rows of a tile, and the channels of some words.
 template <int R, int F, int G, class A>
-COVER_INLINE void add_weighted(int64_t C, const Vec<A> (*t)[G], const A* k, int64_t k_stride, A* sum, int64_t sum_row,
-                               int64_t sum_stride) {
-  for (int64_t c = 0; c < C; c++) {
-    Vec<A> to[R];
-    unroll<R>([&](auto r) COVER_INLINE_LAMBDA { to[r] = load(sum + r * sum_row + c * sum_stride); });
+COVER_INLINE void add_weighted(int64_t words, const Vec<A> (*t)[G], const A* k, int64_t k_stride, A* sum,
+                               int64_t sum_row, int64_t sum_stride) {
+  for (int64_t c = 0; c < words; c++, sum += kPerWord * sum_stride) {
+    Vec<A> to[R][kPerWord];
+    unroll<R * kPerWord>([&](auto i) COVER_INLINE_LAMBDA {
+      to[i / kPerWord][i % kPerWord] = load(sum + i / kPerWord * sum_row + i % kPerWord * sum_stride);
+    });
     unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
       const Vec<A> key = load_beside<F + g>(k + c * k_stride);
-      unroll<R>([&](auto r) COVER_INLINE_LAMBDA { to[r] += t[r][g] * key; });
+      unroll<kPerWord>([&](auto i) COVER_INLINE_LAMBDA {
+        const Vec<A> x = channel<i, A>(key);
+        unroll<R>([&](auto r) COVER_INLINE_LAMBDA { to[r][i] += t[r][g] * x; });
+      });
     });
-    unroll<R>([&](auto r) COVER_INLINE_LAMBDA { store(sum + r * sum_row + c * sum_stride, to[r]); });
+    unroll<R * kPerWord>([&](auto i) COVER_INLINE_LAMBDA {
+      store(sum + i / kPerWord * sum_row + i % kPerWord * sum_stride, to[i / kPerWord][i % kPerWord]);
+    });
   }
 }
 
-// A block of key rows against kRows query rows: adds to sum, weighted [C, width] and excess [width] for G offsets, of
-// which that of `keys` is ox. With kPlain all keys take part, no score is beyond kBound, and no log-sum-exp, to which
-// keys elsewhere add, beyond kHighest.
+// Products start at the first, and become the second: a score less a log-sum-exp, in base 2.
+template <class A>
+COVER_INLINE Vec<A> before_products(Vec<A> lse) {
+  return kPairs ? Vec<A>{} : -lse;
+}
+template <class A>
+COVER_INLINE Vec<A> after_products(Vec<A> products, A in_products, Vec<A> lse) {
+  return kPairs ? products * in_products - lse : products;
+}
+
+// A block of key rows against kRows query rows: adds to sum, weighted [channels, width] and excess [width] for G
+// offsets, of which that of `keys` is ox. With kPlain all keys take part, no score is beyond kBound, and no
+// log-sum-exp, to which keys elsewhere add, beyond kHighest.
 template <int G, bool kGroups, bool kPlain, class A>
 __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBuffers<A>& s, int64_t row, int64_t x,
                                           const A* keys, const Passing& block, A ox) {
   constexpr int F = -((G - 1) / 2);
-  const int64_t C = t.a.C, row_size = C * t.width, at = row * t.width + x, first_row = row * row_size + x;
-  const int64_t center_size = row_size + t.width;
+  const int64_t C = t.words, row_size = kPerWord * C * t.width, at = row * t.width + x;
+  const int64_t first_row = row * row_size + x, center_size = (C + 1) * t.width;
   const A* center = s.center + row * center_size + x;
   Vec<A> base[kRows], grad_y[kRows], grad_x[kRows], lse[kRows], excess[kRows];
   unroll<kRows>([&](auto r) COVER_INLINE_LAMBDA {
@@ -93,17 +111,19 @@ __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBu
   for_passing(block.seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
     const A* key = keys + i * (C + 2) * t.halo;
     Vec<A> w[rows][G], to[rows][G];
-    unroll<rows>(
-        [&](auto j) COVER_INLINE_LAMBDA { unroll<G>([&](auto g) COVER_INLINE_LAMBDA { w[j][g] = -lse[first + j]; }); });
+    unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
+      unroll<G>([&](auto g) COVER_INLINE_LAMBDA { w[j][g] = before_products<A>(lse[first + j]); });
+    });
     dot<rows, F, G>(0, C, center + first * center_size, center_size, t.width, key, t.halo, 0, w);
     unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
       const int r = first + j;
       Vec<A> offset = base[r] + grad_y[r] * static_cast<A>(block.oy[r] + i);
       unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
+        const Vec<A> exponent = after_products<A>(w[j][g], t.in_products, lse[r]);
         if constexpr (kPlain)
-          w[j][g] = exp2_within(w[j][g]);
+          w[j][g] = exp2_within(exponent);
         else
-          w[j][g] = where_set(weight(w[j][g]), key + (C + 1) * t.halo + F + g);
+          w[j][g] = where_set(weight(exponent), key + (C + 1) * t.halo + F + g);
         to[j][g] = w[j][g] * offset;
         offset += grad_x[r];
         if (kGroups) excess[r] += to[j][g];
@@ -120,15 +140,15 @@ __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBu
   });
 }
 
-// A block of query rows, at -oz, -oy[r] - i, against kRows key rows: adds to sum [C, width] for G queries, of which
-// that of `queries` is ox away from the key. A query row is [C + 6, halo]: its features, their squared
+// A block of query rows, at -oz, -oy[r] - i, against kRows key rows: adds to sum [channels, width] for G queries, of
+// which that of `queries` is ox away from the key. A query row is [words + 6, halo]: its features, their squared
 // length, -delta_j, g_z, g_y, g_x and its log-sum-exp. kPlain is as above.
 template <int G, bool kPlain, class A>
 __attribute__((noinline)) void key_rows(const VeuTiles<A>& t, const BackwardBuffers<A>& s, int64_t row, int64_t x,
                                         const A* queries, const Passing& block, A ox) {
   constexpr int F = -((G - 1) / 2);
-  const int64_t C = t.a.C, row_size = C * t.width, first_row = row * row_size + x;
-  const int64_t center_size = row_size + t.width;
+  const int64_t C = t.words, row_size = kPerWord * C * t.width;
+  const int64_t first_row = row * row_size + x, center_size = (C + 1) * t.width;
   const A* center = s.center + row * center_size + x;
   for_passing(block.seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
     const A* query = queries + i * (C + 6) * t.halo;
@@ -137,7 +157,7 @@ __attribute__((noinline)) void key_rows(const VeuTiles<A>& t, const BackwardBuff
     const A z = static_cast<A>(block.oz), y = static_cast<A>(-block.oy[first] - i);
     Vec<A> w[rows][G];
     unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
-      const Vec<A> start = -load_once(lse + F + g);
+      const Vec<A> start = before_products<A>(load_once(lse + F + g));
       unroll<rows>([&](auto j) COVER_INLINE_LAMBDA { w[j][g] = start; });
     });
     dot<rows, F, G>(0, C, center + first * center_size, center_size, t.width, query, t.halo, 0, w);
@@ -146,7 +166,8 @@ __attribute__((noinline)) void key_rows(const VeuTiles<A>& t, const BackwardBuff
       Vec<A> offset = load(base + F + g) + load(grad_x + F + g) * (ox - static_cast<A>(F + g)) + slope * y;
       if (z != 0) offset -= load(grad_z + F + g) * z;
       unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
-        w[j][g] = (kPlain ? exp2_within(w[j][g]) : weight(w[j][g])) * offset;
+        const Vec<A> exponent = after_products<A>(w[j][g], t.in_products, load(lse + F + g));
+        w[j][g] = (kPlain ? exp2_within(exponent) : weight(exponent)) * offset;
         offset += slope;  // the next key row
       });
     });
@@ -160,7 +181,7 @@ inline void grad_queries(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTi
                          A* ring) {
   const Veu& a = t.a;
   const int64_t size = t.padded_size();
-  load_tile(t, tile, a.q, b, j, static_cast<A>(a.scale * kLog2e), s.center);
+  load_tile(t, tile, a.q, b, j, t.in_queries, s.center);
   const A longest_query = longest_in_tile(t, tile, s.center);
   const auto load_acc = [&](const void* src, int64_t channels, int64_t c, A outside, A* dst) {
     fill(dst, size, outside);
@@ -182,16 +203,17 @@ inline void grad_queries(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTi
   }
   const bool moderate = largest<A>(highest) <= static_cast<A>(kHighest);
   fill(s.excess, size, A(0));
-  fill(s.sum, a.C * t.tile_size(), A(0));
-  if (a.J > 1) fill(s.weighted, a.C * t.tile_size(), A(0));
+  const int64_t sums = kPerWord * t.words;
+  fill(s.sum, sums * t.tile_size(), A(0));
+  if (a.J > 1) fill(s.weighted, sums * t.tile_size(), A(0));
   const Inside in = inside_row(t, tile);
-  if (s.cleared != tile.x) clear_keys(t, in, t.passing, s.passing);
+  if (s.cleared != tile.x) clear_keys(t, in, s.passing);
   s.cleared = tile.x;
   for_passing_rows(t, tile, [&](int64_t z, int64_t y, int64_t n) {
     load_keys(t, in, b, j, z, y, n, s.passing);
     for (int64_t x = 0; x < tile.nx; x += kLanes<A>) {
-      const bool plain = moderate && !sees_masked(t, tile, x) &&
-                         bounded(longest_query * largest_seen(t, s.passing + a.C * t.halo, (a.C + 2) * t.halo, n, x));
+      const A longest_key = largest_seen(t, s.passing + t.words * t.halo, (t.words + 2) * t.halo, n, x);
+      const bool plain = moderate && !sees_masked(t, tile, x) && bounded(t, longest_query, longest_key);
       for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
         for_chunks(t.R[2], [&](int64_t o, auto G) {
           with_constant(a.J > 1, [&](auto groups) {
@@ -205,10 +227,10 @@ inline void grad_queries(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTi
   });
   tile.for_rows(t, [&](int64_t z, int64_t y, int64_t row) {
     for (int64_t c = 0; c < a.C; c++) {
-      A* sum = s.sum + (row * a.C + c) * t.width;
+      A* sum = s.sum + (row * sums + c) * t.width;
       if (a.J > 1)
         for (int64_t x = 0; x < t.width; x++)
-          sum[x] -= s.excess[row * t.width + x] * s.weighted[(row * a.C + c) * t.width + x];
+          sum[x] -= s.excess[row * t.width + x] * s.weighted[(row * sums + c) * t.width + x];
       store_row(a.dtype, a.grad_q, at(t, b, a.J * a.C, j * a.C + c, z, y, tile.x), tile.nx,
                 static_cast<A>(a.scale / a.J), sum);
     }
@@ -223,16 +245,16 @@ inline void grad_keys(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<
   const Veu& a = t.a;
   load_tile(t, tile, a.k, b, j, A(1), s.center);
   const A longest_key = longest_in_tile(t, tile, s.center);
-  fill(s.sum, a.C * t.tile_size(), A(0));
+  const int64_t sums = kPerWord * t.words, row_size = (t.words + 6) * t.halo;
+  fill(s.sum, sums * t.tile_size(), A(0));
   const Inside in = inside_row(t, tile);
-  const int64_t row_size = (a.C + 6) * t.halo;
-  if (s.cleared != tile.x) clear_rows(t, in, t.passing, a.C + 6, s.passing);
+  if (s.cleared != tile.x) clear_rows(t, in, t.words + 6, s.passing);
   s.cleared = tile.x;
   for_passing_rows(t, tile, [&](int64_t z, int64_t y, int64_t n) {
-    load_features(t, a.q, b, j, z, y, in.x0, n, in.end - in.begin, static_cast<A>(a.scale * kLog2e),
-                  s.passing + in.begin, t.halo, row_size);
+    load_features(t, a.q, b, j, z, y, in.x0, n, in.end - in.begin, t.in_queries, s.passing + in.begin, t.halo,
+                  row_size);
     for (int64_t i = 0; i < n; i++) {
-      A *base = s.passing + i * row_size + (a.C + 1) * t.halo, *lse = base + 4 * t.halo;
+      A *base = s.passing + i * row_size + (t.words + 1) * t.halo, *lse = base + 4 * t.halo;
       A* const grad[3] = {base + t.halo, base + 2 * t.halo, base + 3 * t.halo};
       for (int64_t axis = 0; axis < 3 - a.d; axis++) fill(grad[axis], t.halo, A(0));
       for (int64_t axis = 0; axis < a.d; axis++)
@@ -248,9 +270,10 @@ inline void grad_keys(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<
       for (int64_t x = 0; x < t.halo; x++) base[x] = -s.inner[x];
     }
     for (int64_t x = 0; x < tile.nx; x += kLanes<A>) {
-      const bool plain = !sees_masked(t, tile, x) &&
-                         bounded(longest_key * largest_seen(t, s.passing + a.C * t.halo, row_size, n, x)) &&
-                         largest_seen(t, s.passing + (a.C + 5) * t.halo, row_size, n, x) <= static_cast<A>(kHighest);
+      const A longest_query = largest_seen(t, s.passing + t.words * t.halo, row_size, n, x);
+      const A highest = largest_seen(t, s.passing + (t.words + 5) * t.halo, row_size, n, x);
+      const bool plain =
+          !sees_masked(t, tile, x) && bounded(t, longest_query, longest_key) && highest <= static_cast<A>(kHighest);
       for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
         for_chunks(t.R[2], [&](int64_t o, auto G) {
           with_constant(plain, [&](auto plain) {
@@ -263,12 +286,12 @@ inline void grad_keys(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<
   tile.for_rows(t, [&](int64_t z, int64_t y, int64_t row) {
     const bool* mask = a.mask ? a.mask + at(t, b, 1, 0, z, y, tile.x) : nullptr;
     for (int64_t c = 0; c < a.C; c++) {
-      A* sum = s.sum + (row * a.C + c) * t.width;
+      A* sum = s.sum + (row * sums + c) * t.width;
       for (int64_t x = 0; mask && x < tile.nx; x++)
         if (!mask[x]) sum[x] = 0;
-      // the queries carried scale * log2(e)
-      store_row(a.dtype, a.grad_k, at(t, b, a.J * a.C, j * a.C + c, z, y, tile.x), tile.nx, static_cast<A>(kLn2 / a.J),
-                sum);
+      // the queries, or their products, carried scale * log2(e)
+      store_row(a.dtype, a.grad_k, at(t, b, a.J * a.C, j * a.C + c, z, y, tile.x), tile.nx,
+                static_cast<A>(kLn2 / a.J) * t.in_products, sum);
     }
   });
 }

@@ -51,18 +51,24 @@ COVER_INLINE void add_sums(const Softmax<A>& state, Factor decay, const Sums<A>&
   add(state.moment[0], sums.sum * oz);
 }
 
+// 2^score of products, within kBound.
+template <class A>
+COVER_INLINE Vec<A> weight(Vec<A> products, A in_products) {
+  return exp2_within(kPairs ? products * in_products : products);
+}
+
 // Dot products with G neighbours while n earlier ones turn into weights. Exponentials occupy other units of a processor
 // than multiply-adds, but it does not look far enough ahead to find that out by itself.
 template <int R, int F, int G, int n, class A>
 COVER_INLINE void dot_and_exp2(int64_t C, const A* q, int64_t q_row, int64_t q_stride, const A* k, int64_t k_stride,
-                               Vec<A> (*s)[G], Vec<A> (*earlier)[n]) {
+                               Vec<A> (*s)[G], A in_products, Vec<A> (*earlier)[n]) {
   unroll<R * n>([&](auto i) COVER_INLINE_LAMBDA {
     if constexpr (i == 0)
       add_channel<R, F, G, true>(q, q_row, k, s);
     else if (i < C)
       add_channel<R, F, G, false>(q + i * q_stride, q_row, k + i * k_stride, s);
     Vec<A>& x = earlier[i % R][i / R];
-    x = exp2_within(x);
+    x = weight<A>(x, in_products);
   });
   dot<R, F, G>(R * n, C, q, q_row, q_stride, k, k_stride, 0, s);
 }
@@ -76,11 +82,11 @@ COVER_INLINE void bounded_rows(const VeuTiles<A>& t, const A* q, const A* keys, 
   constexpr int G1 = (G + 1) / 2, G2 = G / 2, F = -((G - 1) / 2);  // two halves; the first offset
   using First = std::integral_constant<int, 0>;
   using Second = std::integral_constant<int, G1>;
-  const int64_t C = t.a.C, q_row = (C + 1) * t.width, row = (C + 2) * t.halo;
+  const int64_t C = t.words, q_row = (C + 1) * t.width, row = (C + 2) * t.halo;
   keys += begin * row;
   const auto to_weights = [&](auto& s) COVER_INLINE_LAMBDA {
     unroll<R>([&](auto r) COVER_INLINE_LAMBDA {
-      for (auto& x : s[r]) x = exp2_within(x);
+      for (auto& x : s[r]) x = weight<A>(x, t.in_products);
     });
   };
   // adds weights of key row i, which `keys` points at, from offset F + first on
@@ -103,10 +109,10 @@ COVER_INLINE void bounded_rows(const VeuTiles<A>& t, const A* q, const A* keys, 
     Vec<A> s1[R][G1] = {}, s2[R][G2];
     dot<R, F, G1>(0, C, q, q_row, t.width, keys, t.halo, 0, s1);
     for (int64_t i = begin; i < end; i++, keys += row) {
-      dot_and_exp2<R, F + G1>(C, q, q_row, t.width, keys, t.halo, s2, s1);
+      dot_and_exp2<R, F + G1>(C, q, q_row, t.width, keys, t.halo, s2, t.in_products, s1);
       add(First(), s1, i);
       if (i + 1 < end)
-        dot_and_exp2<R, F>(C, q, q_row, t.width, keys + row, t.halo, s1, s2);
+        dot_and_exp2<R, F>(C, q, q_row, t.width, keys + row, t.halo, s1, t.in_products, s2);
       else
         to_weights(s2);
       add(Second(), s2, i);
@@ -125,7 +131,7 @@ __attribute__((noinline)) void forward_rows(const VeuTiles<A>& t, const A* q, co
     bounded_rows<1, G, kMasked>(t, q, keys, seen[0].first, seen[0].last, 0, block.oy, sums);
   } else {
     const int64_t begin = seen[1].first, end = seen[0].last;  // of what both see
-    const A* second = q + (t.a.C + 1) * t.width;
+    const A* second = q + (t.words + 1) * t.width;
     bounded_rows<2, G, kMasked>(t, q, keys, begin, end, 0, block.oy, sums);
     // as many that only the first sees as those that only the second sees: nearly always
     if (begin < end && begin - seen[0].first == seen[1].last - end) {
@@ -155,7 +161,7 @@ template <int G, class A>
 __attribute__((noinline)) void general_rows(const VeuTiles<A>& t, const A* q, const A* keys, Reach seen, int64_t oz,
                                             int64_t oy, A middle, const Softmax<A>& state) {
   constexpr int F = -((G - 1) / 2);
-  const int64_t C = t.a.C;
+  const int64_t C = t.words;
   const Vec<A> before = load(state.top), zero{}, one = splat(A(1)), none = splat(-kInf<A>);
   Vec<A> top = before, limit = load(state.sum) == A(0) ? none : splat(static_cast<A>(kSlack));
   Sums<A> sums;
@@ -166,6 +172,7 @@ __attribute__((noinline)) void general_rows(const VeuTiles<A>& t, const A* q, co
     Vec<A> s[1][G] = {}, peak = none;
     dot<1, F, G>(0, C, q, 0, t.width, row, t.halo, 0, s);
     for (int g = 0; g < G; g++) {
+      if (kPairs) s[0][g] *= t.in_products;
       s[0][g] = where_set(one, row + (C + 1) * t.halo + F + g) == A(0) ? none : s[0][g];
       peak = larger(s[0][g], peak);
     }
@@ -189,11 +196,11 @@ struct ForwardBuffers {
   int64_t cleared = -1;  // the column whose tiles `keys` is prepared for
 
   static int64_t size(const VeuTiles<A>& t) {
-    return (t.a.C + 4) * t.tile_size() + 5 * t.padded_size() + t.passing * (t.a.C + 2) * t.halo;
+    return (t.words + 4) * t.tile_size() + 5 * t.padded_size() + t.passing * (t.words + 2) * t.halo;
   }
   ForwardBuffers(const VeuTiles<A>& t, Scratch<A>& scratch)
-      : q(scratch.take((t.a.C + 1) * t.tile_size())),
-        keys(scratch.take(t.passing * (t.a.C + 2) * t.halo)),
+      : q(scratch.take((t.words + 1) * t.tile_size())),
+        keys(scratch.take(t.passing * (t.words + 2) * t.halo)),
         state(scratch.take(5 * t.padded_size())),
         out(scratch.take(3 * t.tile_size())) {}
 };
@@ -205,10 +212,10 @@ inline void forward_tile(const VeuTiles<A>& t, int64_t b, const VeuTile<A>& tile
   const int64_t size = t.tile_size(), padded = t.padded_size();
   const Inside in = inside_row(t, tile);
   fill(s.out, 3 * size, A(0));
-  if (s.cleared != tile.x) clear_keys(t, in, t.passing, s.keys);
+  if (s.cleared != tile.x) clear_keys(t, in, s.keys);
   s.cleared = tile.x;
   for (int64_t j = 0; j < a.J; j++) {
-    load_tile(t, tile, a.q, b, j, static_cast<A>(a.scale * kLog2e), s.q);
+    load_tile(t, tile, a.q, b, j, t.in_queries, s.q);
     const A longest_query = longest_in_tile(t, tile, s.q);
     fill(s.state, 5 * padded, A(0));
     A* const p = s.state;
@@ -217,14 +224,15 @@ inline void forward_tile(const VeuTiles<A>& t, int64_t b, const VeuTile<A>& tile
       load_keys(t, in, b, j, z, y, n, s.keys);
       for (int64_t x = 0; x < tile.nx; x += kLanes<A>) {
         const bool masked = sees_masked(t, tile, x);
-        const bool safe = bounded(longest_query * largest_seen(t, s.keys + a.C * t.halo, (a.C + 2) * t.halo, n, x));
+        const A longest_key = largest_seen(t, s.keys + t.words * t.halo, (t.words + 2) * t.halo, n, x);
+        const bool safe = bounded(t, longest_query, longest_key);
         for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
           for_chunks(t.R[2], [&](int64_t o, auto G) {
-            const A *q = s.q + row * (a.C + 1) * t.width + x, *keys = s.keys + t.left + x + o;
+            const A *q = s.q + row * (t.words + 1) * t.width + x, *keys = s.keys + t.left + x + o;
             const A middle = static_cast<A>(o + (G % 2 ? 0 : 0.5));
             const Softmax<A> own = state.at(row * t.width + x);
             for (int r = 0; !safe && r < kRows; r++)
-              general_rows<G>(t, q + r * (a.C + 1) * t.width, keys, block.seen[r], block.oz, block.oy[r], middle,
+              general_rows<G>(t, q + r * (t.words + 1) * t.width, keys, block.seen[r], block.oz, block.oy[r], middle,
                               own.at(r * t.width));
             if (safe)
               with_constant(masked, [&](auto masked) { forward_rows<G, masked>(t, q, keys, block, middle, own); });

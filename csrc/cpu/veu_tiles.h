@@ -15,33 +15,48 @@ constexpr int64_t kTileRows = 16, kTilePlanes = 8;  // of a tile at most,
 constexpr int64_t kFewTiles = 4;                    // and fewer planes rather than fewer tiles than this
 constexpr double kBound = 48;                       // scores up to this, in powers of 2, are safe without their maximum
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+#ifdef COVER_PAIRS
+constexpr int kPerWord = 2;  // channels of bfloat16 that lie side by side in one float's place
+#else
+constexpr int kPerWord = 1;
+#endif
+constexpr bool kPairs = kPerWord > 1;
 
 // The geometry of a VEU call: how it is cut into tiles.
 template <class A>
 struct VeuTiles {
   const Veu& a;
   int64_t D, H, W, R[3];        // R: the window's radii
+  int64_t words;                // that hold the channels of a voxel, each of an A's size
+  A in_queries, in_products;    // factors that make scores in base 2: pairs cannot hold the first
   int64_t planes, rows, width;  // of a tile; width is a multiple of the lanes
   int64_t left, halo;           // of a padded row: where the tile's first voxel is, and its width
   int64_t passing;              // padded rows that are in memory at once
   int64_t nz, ny, nx, n;        // tiles along D, H and W, and per (batch or group)
 
-  explicit VeuTiles(const Veu& a) : a(a), D(a.S[0]), H(a.S[1]), W(a.S[2]) {
+  explicit VeuTiles(const Veu& a)
+      : a(a),
+        D(a.S[0]),
+        H(a.S[1]),
+        W(a.S[2]),
+        words((a.C + kPerWord - 1) / kPerWord),
+        in_queries(kPairs ? A(1) : static_cast<A>(a.scale * kLog2e)),
+        in_products(kPairs ? static_cast<A>(a.scale * kLog2e) : A(1)) {
     // a window wider than the image sees no more than one as wide as the image
     for (int i = 0; i < 3; i++) R[i] = min((a.N[i] - 1) / 2, a.S[i] - 1);
     const int64_t lanes = kLanes<A>;
     int64_t most = kTileRows;
-    while (most > 1 && a.C * most * lanes > kTileElements) most /= 2;
+    while (most > 1 && words * most * lanes > kTileElements) most /= 2;
     split(H, most, rows, ny, kRows);
-    width = max(lanes, min(round_up(W, lanes), kTileElements / (a.C * rows) / lanes * lanes));
+    width = max(lanes, min(round_up(W, lanes), kTileElements / (words * rows) / lanes * lanes));
     nx = (W + width - 1) / width;
     // a plane of keys is copied once for all planes of a tile that see it
-    most = min<int64_t>(kTilePlanes, max<int64_t>(1, kTileElements / (a.C * rows * width)));
+    most = min<int64_t>(kTilePlanes, max<int64_t>(1, kTileElements / (words * rows * width)));
     while (most > 1 && a.B * ((D + most - 1) / most) * ny * nx < kFewTiles) most--;
     split(D, most, planes, nz, 1);
     left = round_up(R[2], lanes);
     halo = round_up(left + width + R[2], lanes);
-    passing = max<int64_t>(1, min(min(rows + 2 * R[1], H), kPassingElements / ((a.C + 1) * halo)));
+    passing = max<int64_t>(1, min(min(rows + 2 * R[1], H), kPassingElements / ((words + 1) * halo)));
     n = nz * ny * nx;
   }
 
@@ -55,11 +70,6 @@ struct VeuTiles {
   // Elements of a channel of a tile; and with the row more that a pair of rows at an odd end looks at.
   int64_t tile_size() const { return planes * rows * width; }
   int64_t padded_size() const { return tile_size() + width; }
-
-  // Rows (z, y..) of the channels of group j in batch b, from voxel x on.
-  Rows rows_of(int64_t b, int64_t j, int64_t z, int64_t y, int64_t x) const {
-    return {((b * a.J + j) * a.C * D + z) * H * W + y * W + x, D * H * W, W};
-  }
 };
 
 // One tile: its origin and its extent inside the image.
@@ -113,62 +123,107 @@ inline void load_halo(const VeuTiles<A>& t, const Inside& in, const void* src, i
   std::memcpy(dst + in.begin, static_cast<const A*>(src) + row + in.x0, (in.end - in.begin) * sizeof(A));
 }
 
-// Feature rows (z, y..) of group j, `width` voxels from x on, times a factor: n rows, `row` apart, of dst [C, stride],
-// each followed by the squared lengths of its voxels' features.
+// Two channels of the first n <= kLanes<A> voxels, in pairs; `second` is null where there is none.
+#ifdef COVER_PAIRS
+COVER_INLINE Vec<float> load_pairs(const BFloat16* first, const BFloat16* second, int64_t n) {
+  const auto wide = [n](const BFloat16* p) COVER_INLINE_LAMBDA {
+    return p ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((1 << n) - 1, p)) : _mm512_setzero_si512();
+  };
+  return (Vec<float>)_mm512_or_si512(wide(first), _mm512_slli_epi32(wide(second), 16));
+}
+#endif
+
+// One channel of those in words.
+template <int i, class A>
+COVER_INLINE Vec<A> channel(Vec<A> words) {
+  if constexpr (kPairs) {
+    using Bits = Lanes<uint32_t, kLanes<A>>;
+    return (Vec<A>)(i == 0 ? (Bits)words << 16 : (Bits)words & 0xffff0000u);
+  } else {
+    return words;
+  }
+}
+
+// Their squares, added up within a word.
+template <class A>
+COVER_INLINE Vec<A> squared(Vec<A> words) {
+  Vec<A> sum{};
+  unroll<kPerWord>([&](auto i) COVER_INLINE_LAMBDA {
+    const Vec<A> x = channel<i, A>(words);
+    sum += x * x;
+  });
+  return sum;
+}
+
+// Feature rows (z, y..) of group j, `width` voxels from x on, times a factor (1 for pairs): n rows, `row` apart,
+// of dst [words, stride], each followed by the squared lengths of its voxels' features.
 template <class A>
 inline void load_features(const VeuTiles<A>& t, const void* src, int64_t b, int64_t j, int64_t z, int64_t y, int64_t x,
                           int64_t n, int64_t width, A factor, A* dst, int64_t stride, int64_t row) {
-  with_storage(t.a.dtype, [=, C = t.a.C, from = t.rows_of(b, j, z, y, x)](auto* type) {  // copies stay in registers
+  const int64_t C = t.a.C, words = t.words, W = t.W, numel = t.D * t.H * W;
+  const int64_t first = at(t, b, t.a.J * C, j * C, z, y, x);
+  A* const squares = dst + words * stride;
+  for (int64_t i = 0; i < n; i++) fill(squares + i * row, width, A(0));
+  const auto load_all = [=](auto* type) {  // copies stay in registers
+    using T = std::remove_pointer_t<decltype(type)>;
     constexpr int64_t lanes = kLanes<A>;
-    const auto* p = static_cast<const std::remove_pointer_t<decltype(type)>*>(src) + from.first;
-    A* const squares = dst + C * stride;
-    for (int64_t i = 0; i < n; i++) fill(squares + i * row, width, A(0));
-    for (int64_t c = 0; c < C; c++)
+    for (int64_t c = 0; c < words; c++)
       for (int64_t i = 0; i < n; i++) {
-        const auto* s = p + c * from.channel + i * from.row;
+        const T* s = static_cast<const T*>(src) + first + kPerWord * c * numel + i * W;
         A *d = dst + c * stride + i * row, *square = squares + i * row;
         int64_t x = 0;
+        const auto next = [&](int64_t left) {
+#ifdef COVER_PAIRS
+          return load_pairs(s + x, kPerWord * c + 1 < C ? s + numel + x : nullptr, left);
+#else
+          return (left == lanes ? load_converted<A>(s + x) : load_part<A>(s + x, left)) * factor;
+#endif
+        };
         for (; x + lanes <= width; x += lanes) {
-          __builtin_prefetch(s + x + from.channel);  // rows are too short for a processor to see what comes next
-          const Vec<A> v = load_converted<A>(s + x) * factor;
+          __builtin_prefetch(s + x + numel);  // rows are too short for a processor to see what comes next
+          const Vec<A> v = next(lanes);
           store(d + x, v);
-          store(square + x, load(square + x) + v * v);
+          store(square + x, load(square + x) + squared<A>(v));
         }
         if (x == width) continue;
-        const Vec<A> v = load_part<A>(s + x, width - x) * factor;
+        const Vec<A> v = next(width - x);
         store_part(d + x, v, width - x);
-        store_part(square + x, load_part<A>(square + x, width - x) + v * v, width - x);
+        store_part(square + x, load_part<A>(square + x, width - x) + squared<A>(v), width - x);
       }
-  });
+  };
+  if constexpr (kPairs)
+    load_all(static_cast<BFloat16*>(nullptr));
+  else
+    with_storage(t.a.dtype, load_all);
 }
 
-// Queries (or keys) of a tile in group j, and their squared lengths: dst [planes, rows, C + 1, width], zero beyond the
-// image.
+// Queries (or keys) of a tile in group j, and their squared lengths: dst [planes, rows, words + 1, width], zero beyond
+// the image.
 template <class A>
 inline void load_tile(const VeuTiles<A>& t, const VeuTile<A>& tile, const void* src, int64_t b, int64_t j, A factor,
                       A* dst) {
-  const int64_t row = (t.a.C + 1) * t.width;
+  const int64_t row = (t.words + 1) * t.width;
   for (int64_t i = 0; i < tile.nz; i++)
     load_features(t, src, b, j, tile.z + i, tile.y, tile.x, tile.ny, tile.nx, factor, dst + i * t.rows * row, t.width,
                   row);
-  for (int64_t i = 0; tile.nx < t.width && i < tile.nz * t.rows * (t.a.C + 1); i++)
+  for (int64_t i = 0; tile.nx < t.width && i < tile.nz * t.rows * (t.words + 1); i++)
     fill(dst + i * t.width + tile.nx, t.width - tile.nx, A(0));
 }
 
-// What lies outside the image in n padded rows of `channels` channels: zeros.
+// What lies outside the image in all padded rows, of `channels` channels: zeros.
 template <class A>
-inline void clear_rows(const VeuTiles<A>& t, const Inside& in, int64_t n, int64_t channels, A* dst) {
-  for (int64_t i = 0; i < n * channels; i++) fill_outside(t, in, A(0), dst + i * t.halo);
+inline void clear_rows(const VeuTiles<A>& t, const Inside& in, int64_t channels, A* dst) {
+  for (int64_t i = 0; i < t.passing * channels; i++) fill_outside(t, in, A(0), dst + i * t.halo);
 }
 
-// Key rows with their halo: features [C, halo], their squared lengths [halo] and bits [halo], set where a key takes
-// part. What does not depend on the rows is written once for all tiles between the same columns, in n rows.
+// Key rows with their halo: features [words, halo], their squared lengths [halo] and bits [halo], set where a key takes
+// part. What does not depend on the rows is written once for all tiles between the same columns.
 template <class A>
-inline void clear_keys(const VeuTiles<A>& t, const Inside& in, int64_t n, A* keys) {
-  const int64_t C = t.a.C;
-  clear_rows(t, in, n, C + 2, keys);
-  for (int64_t i = 0; i < n; i++)
-    fill(keys + (i * (C + 2) + C + 1) * t.halo + in.begin, in.end - in.begin, all_bits<A>());
+inline void clear_keys(const VeuTiles<A>& t, const Inside& in, A* keys) {
+  const int64_t words = t.words;
+  clear_rows(t, in, words + 2, keys);
+  for (int64_t i = 0; i < t.passing; i++)
+    fill(keys + (i * (words + 2) + words + 1) * t.halo + in.begin, in.end - in.begin, all_bits<A>());
 }
 
 // Whether some window of the vector at x of a tile reaches beyond the image along W, or there is a mask.
@@ -183,16 +238,26 @@ template <class A>
 inline void load_keys(const VeuTiles<A>& t, const Inside& in, int64_t b, int64_t j, int64_t z, int64_t y, int64_t n,
                       A* keys) {
   const Veu& a = t.a;
-  const int64_t row = (a.C + 2) * t.halo;
+  const int64_t row = (t.words + 2) * t.halo;
   load_features(t, a.k, b, j, z, y, in.x0, n, in.end - in.begin, A(1), keys + in.begin, t.halo, row);
   for (int64_t y1 = 0; a.mask && y1 < n; y1++) {
     const bool* mask = a.mask + at(t, b, 1, 0, z, y + y1, in.x0);
-    A *key = keys + y1 * row, *part = key + (a.C + 1) * t.halo;
+    A *key = keys + y1 * row, *part = key + (t.words + 1) * t.halo;
     for (int64_t i = in.begin; i < in.end; i++) {
       part[i] = mask[i - in.begin] ? all_bits<A>() : A(0);
-      for (int64_t c = 0; !mask[i - in.begin] && c <= a.C; c++) key[c * t.halo + i] = 0;
+      for (int64_t c = 0; !mask[i - in.begin] && c <= t.words; c++) key[c * t.halo + i] = 0;
     }
   }
+}
+
+// sum + a b of numbers, or the two products of pairs.
+template <class A>
+COVER_INLINE Vec<A> add_product(Vec<A> sum, Vec<A> a, Vec<A> b) {
+#ifdef COVER_PAIRS
+  return (Vec<A>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  return sum + a * b;
+#endif
 }
 
 // One channel of the dot products of R rows of a tile with G neighbours of a passing row, of which the first is F away
@@ -204,10 +269,10 @@ COVER_INLINE void add_channel(const A* q, int64_t q_row, const A* k, Vec<A> (*s)
   unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
     const Vec<A> key = load_once(k + F + g);
     unroll<R>([&](auto r) COVER_INLINE_LAMBDA {
-      if constexpr (kFirst)
+      if constexpr (kFirst && !kPairs)
         s[r][g] = query[r] * key;
       else
-        s[r][g] += query[r] * key;
+        s[r][g] = add_product<A>(kFirst ? Vec<A>{} : s[r][g], query[r], key);
     });
   });
 }
@@ -223,20 +288,20 @@ COVER_INLINE void dot(int64_t c, int64_t C, const A* q, int64_t q_row, int64_t q
     if (apart == 0)
       unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
         const Vec<A> key = load_beside<F + g>(k + c * k_stride);
-        unroll<R>([&](auto r) COVER_INLINE_LAMBDA { s[r][g] += query[r] * key; });
+        unroll<R>([&](auto r) COVER_INLINE_LAMBDA { s[r][g] = add_product<A>(s[r][g], query[r], key); });
       });
     else
       unroll<R * G>([&](auto i) COVER_INLINE_LAMBDA {
-        s[i / G][i % G] += query[i / G] * load_beside<F + i % G>(k + i / G * apart + c * k_stride);
+        const Vec<A> key = load_beside<F + i % G>(k + i / G * apart + c * k_stride);
+        s[i / G][i % G] = add_product<A>(s[i / G][i % G], query[i / G], key);
       });
   }
 }
 
-// Whether scores are within kBound, given the product of the largest squared lengths of a query and a key
-// (Cauchy-Schwarz).
+// Whether scores are within kBound, given the largest squared lengths of a query and a key (Cauchy-Schwarz).
 template <class A>
-inline bool bounded(A product) {
-  return product <= static_cast<A>(kBound * kBound);
+inline bool bounded(const VeuTiles<A>& t, A query, A key) {
+  return query * key * (t.in_products * t.in_products) <= static_cast<A>(kBound * kBound);
 }
 
 // The largest of what the windows of the vector at x of a tile see in one channel of n padded rows, `row` apart; 0 if
@@ -259,7 +324,7 @@ inline A longest_in_tile(const VeuTiles<A>& t, const VeuTile<A>& tile, const A* 
   for (int64_t i = 0; i < tile.nz; i++)
     for (int64_t k = 0; k < tile.ny; k++)
       for (int64_t x = 0; x < tile.nx; x += kLanes<A>)
-        most = larger(load(features + ((i * t.rows + k) * (t.a.C + 1) + t.a.C) * t.width + x), most);
+        most = larger(load(features + ((i * t.rows + k) * (t.words + 1) + t.words) * t.width + x), most);
   return largest<A>(most);
 }
 
