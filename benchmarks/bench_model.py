@@ -15,6 +15,7 @@ from tables import NETWORKS
 
 from cover import config
 from cover.config import ModelConfig
+from cover.process import keeping_freed_memory
 from cover.pyramid import VectorPyramid
 from cover.trainer import Trainer
 from cover.unet import CHANNELS_LAST, UNet
@@ -35,7 +36,8 @@ def trainer(network, device, tmp_path_factory):
         image = np.random.default_rng(i).normal(size=[n + 16 for n in network.S]).astype(np.float32)
         np.save(data / f"{i}.npy", image)
     settings = config.replace(config.Config(), device=device, **network.settings)
-    return Trainer(settings, data, tmp_path_factory.mktemp("run"))
+    with keeping_freed_memory(device == "cpu"):  # as `pretrain` has it where memory is plenty
+        yield Trainer(settings, data, tmp_path_factory.mktemp("run"))
 
 
 @pytest.mark.parametrize("who", ["cover", "eager"])
@@ -91,7 +93,7 @@ def test_training_step(network, who, form, trainer, device, timed, left_out):
 
 
 @pytest.mark.parametrize("who", ["contiguous", "channels last", "channels last, bf16"])
-def test_backbone(network, who, device, timed):
+def test_backbone(network, who, trainer, device, timed):
     """What the backbone's order of memory and precision give: forward and backward of two views."""
     d = len(network.S)
     order = torch.contiguous_format if who == "contiguous" else CHANNELS_LAST[d]

@@ -113,8 +113,11 @@ def plan(
     return dataclasses.replace(found, memory=memory, crop=largest_crop(wanted, memory, build))
 
 
-def require(settings: Config, build: Callable[[Config], COVER] = build_model) -> None:
-    """Raise DoesNotFit where training with these settings needs more memory than its device has to give now."""
+def require(settings: Config, build: Callable[[Config], COVER] = build_model) -> bool:
+    """Raise DoesNotFit where training with these settings needs more memory than its device has to give now.
+
+    Returns whether it has twice as much to give; False where that is not known.
+    """
     memory = available(device_of(settings))
     try:
         found = predict(settings, build)
@@ -123,13 +126,14 @@ def require(settings: Config, build: Callable[[Config], COVER] = build_model) ->
     except Exception as error:  # a backbone of one's own may do what tensors without storage cannot
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(f"the memory of a step cannot be predicted ({reason}), nor whether it fits", stacklevel=3)
-        return
+        return False
     if found.peak > memory:
         found = dataclasses.replace(found, memory=memory, crop=largest_crop(settings, memory, build))
         raise DoesNotFit(
             f"a step with crop {by(settings.data.crop)} {found.verdict()}. Less is needed with a larger `accumulate` "
             f"(it is {settings.train.accumulate}), recompute=all or precision=bf16; check_memory=false trains anyway"
         )
+    return 2 * found.peak <= memory
 
 
 def predict(settings: Config, build: Callable[[Config], COVER] = build_model) -> Plan:

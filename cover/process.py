@@ -1,11 +1,14 @@
-"""A training process and its machine: signals that ask it to stop, and how much memory it has taken."""
+"""A training process and its machine: signals that ask it to stop, and the memory that it takes, and keeps."""
 
 import contextlib
+import ctypes
+import os
 import re
 import resource
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -56,6 +59,30 @@ def ignore_signals(worker: int) -> None:
     """For data-loading workers: the terminal sends Ctrl-C to them too, but it is the main process that ends them."""
     for number in _STOP:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def keeping_freed_memory(wanted: bool = True) -> Iterator[None]:
+    """Within the block, memory that is freed stays with the process: docs/training.md has what it gives and takes.
+
+    Tensors of megabytes are else new to the process in every step, and the system clears their pages first. It is a
+    setting of glibc's malloc; where there is another one, or the environment has settings for it, nothing changes.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    given = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if not wanted or given or set_option is None:
+        yield
+        return
+    trim_threshold, map_threshold = -1, -3  # their numbers in malloc.h
+    for option in (trim_threshold, map_threshold):
+        set_option(option, 2**31 - 1)
+    try:
+        yield
+    finally:
+        # what they come to by themselves in a process that has freed large blocks
+        set_option(map_threshold, 32 * 2**20)
+        set_option(trim_threshold, 64 * 2**20)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory(device: torch.device) -> int:

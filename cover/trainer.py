@@ -19,12 +19,12 @@ from torch import Tensor
 from cover import checkpoint, config, memory, processes, sharding
 from cover.config import Config
 from cover.data import BatchSampler, ImageSet, PretrainDataset, batches_of, open_images, splits
-from cover.evaluation import Evaluation, measure
+from cover.evaluation import Evaluation, device_of, measure
 from cover.learner import Learner
 from cover.log import NoLog, RunInUse, RunLog, lock
 from cover.model import COVER, build_model
 from cover.presets import preset_config
-from cover.process import Interrupted, StopSignals, peak_memory
+from cover.process import Interrupted, StopSignals, keeping_freed_memory, peak_memory
 from cover_kernels import __version__
 from cover_kernels.backends import choose
 
@@ -80,9 +80,8 @@ def pretrain(
         Interrupted: Ctrl-C, SIGTERM or SIGUSR1 came; the run is saved and can be resumed.
     """
     wanted = run_config(Path(out), preset, resume or processes.restarted(), settings)
-    if wanted.train.check_memory:
-        memory.require(wanted, build)
-    with processes.group(wanted.train.device):
+    plenty = wanted.train.check_memory and memory.require(wanted, build)
+    with processes.group(wanted.train.device), keeping_freed_memory(plenty and device_of(wanted).type == "cpu"):
         return Trainer(wanted, data, out, val, build).run()
 
 

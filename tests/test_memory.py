@@ -4,8 +4,11 @@ Also that a step never waits for the device: it is rehearsed on tensors that hav
 """
 
 import json
+import os
+import platform
 import subprocess
 import sys
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cover
-from cover import memory
+from cover import memory, trainer
 from cover.cli import main
 from cover.config import Config, replace
 from cover.memory import DoesNotFit, Rehearsal, Tally, predict, read_size
@@ -111,6 +114,53 @@ def test_a_setting_that_cannot_fit_is_refused_before_anything_is_written(tmp_pat
     monkeypatch.setattr(memory, "available", lambda device: 2**20)
     words = ["pretrain", str(data), "--out", str(tmp_path / "other"), "crop=8,8,8", "channels=4,8", "heads=1"]
     assert main(words) == 2
+
+
+# new pages of tensors that are made and freed again, within the block and after it
+KEEPS = """
+import resource, sys, torch
+from cover.process import keeping_freed_memory
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with keeping_freed_memory(sys.argv[1] == "True"):
+    new_pages()
+    inside = new_pages()
+print(inside, new_pages())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+@pytest.mark.parametrize(
+    ("wanted", "settings", "keeps"),
+    [(True, {}, True), (False, {}, False), (True, {"MALLOC_MMAP_THRESHOLD_": "2097152"}, False)],
+)
+def test_freed_memory_stays_where_it_is_wanted_and_nobody_else_has_set_it(wanted, settings, keeps):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", KEEPS, str(wanted)]
+    done = subprocess.run(command, env=environment | settings, capture_output=True, text=True, check=True)
+    inside, after = map(int, done.stdout.split())
+    few = 3 * 2**26 // 2**21  # 64 MiB three times, should all of it be in pages of 2 MiB
+    assert (inside < few // 2) == keeps and after >= few
+
+
+@pytest.mark.parametrize(
+    ("share", "settings", "keeps"), [(2.1, {}, True), (1.9, {}, False), (9, {"check_memory": False}, False)]
+)
+def test_a_run_keeps_what_it_frees_where_twice_as_much_is_there_as_it_needs(
+    tmp_path, monkeypatch, share, settings, keeps
+):
+    asked = []
+    there = int(share * predict(replace(Config(), **PLANNED)).peak)
+    monkeypatch.setattr(memory, "available", lambda device: there)
+    monkeypatch.setattr(trainer, "keeping_freed_memory", lambda wanted: asked.append(wanted) or nullcontext())
+    data = volumes(tmp_path / "data", shape=(40, 40, 40))
+    cover.pretrain(data, out=tmp_path / "run", **PLANNED | dict(steps=1) | settings)
+    assert asked == [keeps]
 
 
 def test_a_backbone_that_cannot_be_rehearsed_is_trained_with_a_warning(tmp_path):
