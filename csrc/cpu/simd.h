@@ -295,7 +295,7 @@ COVER_INLINE Vec<A> load_part(const T* p, int64_t n) {
 #endif
   T part[kLanes<A>] = {};
 #if COVER_BYTES == 64
-  if constexpr (sizeof(T) == 2)
+  if constexpr (sizeof(T) == 2 && sizeof(part) == 32)
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(part), _mm256_maskz_loadu_epi16((1 << n) - 1, p));
   else
 #endif
