@@ -28,6 +28,13 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("network", networks, ids=lambda network: str(network).replace(" ", "_"), scope="module")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def memory_as_in_training(device):
+    """As `pretrain` has it where memory is plenty."""
+    with keeping_freed_memory(device == "cpu"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def trainer(network, device, tmp_path_factory):
     """A run on two random images, somewhat larger than the crop."""
@@ -36,8 +43,7 @@ def trainer(network, device, tmp_path_factory):
         image = np.random.default_rng(i).normal(size=[n + 16 for n in network.S]).astype(np.float32)
         np.save(data / f"{i}.npy", image)
     settings = config.replace(config.Config(), device=device, **network.settings)
-    with keeping_freed_memory(device == "cpu"):  # as `pretrain` has it where memory is plenty
-        yield Trainer(settings, data, tmp_path_factory.mktemp("run"))
+    return Trainer(settings, data, tmp_path_factory.mktemp("run"))
 
 
 @pytest.mark.parametrize("who", ["cover", "eager"])
@@ -93,7 +99,7 @@ def test_training_step(network, who, form, trainer, device, timed, left_out):
 
 
 @pytest.mark.parametrize("who", ["contiguous", "channels last", "channels last, bf16"])
-def test_backbone(network, who, trainer, device, timed):
+def test_backbone(network, who, device, timed):
     """What the backbone's order of memory and precision give: forward and backward of two views."""
     d = len(network.S)
     order = torch.contiguous_format if who == "contiguous" else CHANNELS_LAST[d]

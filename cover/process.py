@@ -62,7 +62,7 @@ def ignore_signals(worker: int) -> None:
 
 
 @contextlib.contextmanager
-def keeping_freed_memory(wanted: bool = True) -> Iterator[None]:
+def keeping_freed_memory(wanted: bool) -> Iterator[None]:
     """Within the block, memory that is freed stays with the process: docs/training.md has what it gives and takes.
 
     Tensors of megabytes are else new to the process in every step, and the system clears their pages first. It is a

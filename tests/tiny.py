@@ -1,6 +1,13 @@
-"""The smallest run that has everything: two files of 3D blobs, a network of two levels, a second of training."""
+"""The smallest run that has everything: files of 3D blobs, a network of two levels, a second of training."""
+
+import os
+import signal
 
 import numpy as np
+import torch
+
+from cover import checkpoint, log
+from cover.trainer import Trainer
 
 SETTINGS = dict(
     crop=(12, 12, 8),
@@ -35,3 +42,24 @@ def volumes(folder, count=3, seed=0, shape=(20, 20, 14)):
 def as_words(settings):
     """The settings as they are typed on the command line."""
     return [f"{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in settings.items()]
+
+
+def weights(run):
+    return checkpoint.load(checkpoint.find(run))["model"]
+
+
+def assert_same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def steps(run, kind="train"):
+    return [record["step"] for record in log.read(run, kind)]
+
+
+class Stopping(Trainer):
+    """Gets Ctrl-C in its third step."""
+
+    def train_step(self, batch):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().train_step(batch)

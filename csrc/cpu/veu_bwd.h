@@ -96,8 +96,8 @@ template <int G, bool kGroups, bool kPlain, class A>
 __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBuffers<A>& s, int64_t row, int64_t x,
                                           const A* keys, const Passing& block, A ox) {
   constexpr int F = -((G - 1) / 2);
-  const int64_t C = t.words, row_size = kPerWord * C * t.width, at = row * t.width + x;
-  const int64_t first_row = row * row_size + x, center_size = (C + 1) * t.width;
+  const int64_t words = t.words, row_size = kPerWord * words * t.width, at = row * t.width + x;
+  const int64_t first_row = row * row_size + x, center_size = (words + 1) * t.width;
   const A* center = s.center + row * center_size + x;
   Vec<A> base[kRows], grad_y[kRows], grad_x[kRows], lse[kRows], excess[kRows];
   unroll<kRows>([&](auto r) COVER_INLINE_LAMBDA {
@@ -109,12 +109,12 @@ __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBu
     excess[r] = Vec<A>{};
   });
   for_passing(block.seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
-    const A* key = keys + i * (C + 2) * t.halo;
+    const A* key = keys + i * (words + 2) * t.halo;
     Vec<A> w[rows][G], to[rows][G];
     unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
       unroll<G>([&](auto g) COVER_INLINE_LAMBDA { w[j][g] = before_products<A>(lse[first + j]); });
     });
-    dot<rows, F, G>(0, C, center + first * center_size, center_size, t.width, key, t.halo, 0, w);
+    dot<rows, F, G>(0, words, center + first * center_size, center_size, t.width, key, t.halo, 0, w);
     unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
       const int r = first + j;
       Vec<A> offset = base[r] + grad_y[r] * static_cast<A>(block.oy[r] + i);
@@ -123,15 +123,15 @@ __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBu
         if constexpr (kPlain)
           w[j][g] = exp2_within(exponent);
         else
-          w[j][g] = where_set(weight(exponent), key + (C + 1) * t.halo + F + g);
+          w[j][g] = where_set(weight(exponent), key + (words + 1) * t.halo + F + g);
         to[j][g] = w[j][g] * offset;
         offset += grad_x[r];
         if (kGroups) excess[r] += to[j][g];
       });
     });
-    add_weighted<rows, F, G>(C, to, key, t.halo, s.sum + first_row + first * row_size, row_size, t.width);
+    add_weighted<rows, F, G>(words, to, key, t.halo, s.sum + first_row + first * row_size, row_size, t.width);
     if (kGroups)
-      add_weighted<rows, F, G>(C, w, key, t.halo, s.weighted + first_row + first * row_size, row_size, t.width);
+      add_weighted<rows, F, G>(words, w, key, t.halo, s.weighted + first_row + first * row_size, row_size, t.width);
   });
   unroll<kGroups ? kRows : 0>([&](auto r) COVER_INLINE_LAMBDA {
     if (block.seen[r].first >= block.seen[r].last) return;
@@ -147,12 +147,12 @@ template <int G, bool kPlain, class A>
 __attribute__((noinline)) void key_rows(const VeuTiles<A>& t, const BackwardBuffers<A>& s, int64_t row, int64_t x,
                                         const A* queries, const Passing& block, A ox) {
   constexpr int F = -((G - 1) / 2);
-  const int64_t C = t.words, row_size = kPerWord * C * t.width;
-  const int64_t first_row = row * row_size + x, center_size = (C + 1) * t.width;
+  const int64_t words = t.words, row_size = kPerWord * words * t.width;
+  const int64_t first_row = row * row_size + x, center_size = (words + 1) * t.width;
   const A* center = s.center + row * center_size + x;
   for_passing(block.seen, [&](auto rows, auto first, int64_t i) COVER_INLINE_LAMBDA {
-    const A* query = queries + i * (C + 6) * t.halo;
-    const A* base = query + (C + 1) * t.halo;
+    const A* query = queries + i * (words + 6) * t.halo;
+    const A* base = query + (words + 1) * t.halo;
     const A *grad_z = base + t.halo, *grad_y = grad_z + t.halo, *grad_x = grad_y + t.halo, *lse = grad_x + t.halo;
     const A z = static_cast<A>(block.oz), y = static_cast<A>(-block.oy[first] - i);
     Vec<A> w[rows][G];
@@ -160,7 +160,7 @@ __attribute__((noinline)) void key_rows(const VeuTiles<A>& t, const BackwardBuff
       const Vec<A> start = before_products<A>(load_once(lse + F + g));
       unroll<rows>([&](auto j) COVER_INLINE_LAMBDA { w[j][g] = start; });
     });
-    dot<rows, F, G>(0, C, center + first * center_size, center_size, t.width, query, t.halo, 0, w);
+    dot<rows, F, G>(0, words, center + first * center_size, center_size, t.width, query, t.halo, 0, w);
     unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
       const Vec<A> slope = load_once(grad_y + F + g);
       Vec<A> offset = load(base + F + g) + load(grad_x + F + g) * (ox - static_cast<A>(F + g)) + slope * y;
@@ -171,7 +171,7 @@ __attribute__((noinline)) void key_rows(const VeuTiles<A>& t, const BackwardBuff
         offset += slope;  // the next key row
       });
     });
-    add_weighted<rows, F, G>(C, w, query, t.halo, s.sum + first_row + first * row_size, row_size, t.width);
+    add_weighted<rows, F, G>(words, w, query, t.halo, s.sum + first_row + first * row_size, row_size, t.width);
   });
 }
 

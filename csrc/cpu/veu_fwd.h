@@ -60,17 +60,17 @@ COVER_INLINE Vec<A> weight(Vec<A> products, A in_products) {
 // Dot products with G neighbours while n earlier ones turn into weights. Exponentials occupy other units of a processor
 // than multiply-adds, but it does not look far enough ahead to find that out by itself.
 template <int R, int F, int G, int n, class A>
-COVER_INLINE void dot_and_exp2(int64_t C, const A* q, int64_t q_row, int64_t q_stride, const A* k, int64_t k_stride,
+COVER_INLINE void dot_and_exp2(int64_t words, const A* q, int64_t q_row, int64_t q_stride, const A* k, int64_t k_stride,
                                Vec<A> (*s)[G], A in_products, Vec<A> (*earlier)[n]) {
   unroll<R * n>([&](auto i) COVER_INLINE_LAMBDA {
     if constexpr (i == 0)
       add_channel<R, F, G, true>(q, q_row, k, s);
-    else if (i < C)
+    else if (i < words)
       add_channel<R, F, G, false>(q + i * q_stride, q_row, k + i * k_stride, s);
     Vec<A>& x = earlier[i % R][i / R];
     x = weight<A>(x, in_products);
   });
-  dot<R, F, G>(R * n, C, q, q_row, q_stride, k, k_stride, 0, s);
+  dot<R, F, G>(R * n, words, q, q_row, q_stride, k, k_stride, 0, s);
 }
 
 // Key rows begin..end - 1 of a block against R query rows, oy away from the first; the second query row sees others,
@@ -82,7 +82,7 @@ COVER_INLINE void bounded_rows(const VeuTiles<A>& t, const A* q, const A* keys, 
   constexpr int G1 = (G + 1) / 2, G2 = G / 2, F = -((G - 1) / 2);  // two halves; the first offset
   using First = std::integral_constant<int, 0>;
   using Second = std::integral_constant<int, G1>;
-  const int64_t C = t.words, q_row = (C + 1) * t.width, row = (C + 2) * t.halo;
+  const int64_t words = t.words, q_row = (words + 1) * t.width, row = (words + 2) * t.halo;
   keys += begin * row;
   const auto to_weights = [&](auto& s) COVER_INLINE_LAMBDA {
     unroll<R>([&](auto r) COVER_INLINE_LAMBDA {
@@ -93,26 +93,26 @@ COVER_INLINE void bounded_rows(const VeuTiles<A>& t, const A* q, const A* keys, 
   const auto add = [&](auto first, auto& w, int64_t i) COVER_INLINE_LAMBDA {
     constexpr int n = sizeof(w[0]) / sizeof(w[0][0]);
     unroll<R>([&](auto r) COVER_INLINE_LAMBDA {
-      const A* part = keys + r * apart * row + (C + 1) * t.halo + F + first;
+      const A* part = keys + r * apart * row + (words + 1) * t.halo + F + first;
       unroll<kMasked ? n : 0>([&](auto g) COVER_INLINE_LAMBDA { w[r][g] = where_set(w[r][g], part + g); });
       add_weights<first, n, G>(w[r], static_cast<A>(oy[r] + i + r * apart), sums[r]);
     });
   };
-  if (G2 == 0 || C > kFewChannels || apart != 0) {
+  if (G2 == 0 || words > kFewChannels || apart != 0) {
     for (int64_t i = begin; i < end; i++, keys += row) {
       Vec<A> s[R][G] = {};
-      dot<R, F, G>(0, C, q, q_row, t.width, keys, t.halo, apart * row, s);
+      dot<R, F, G>(0, words, q, q_row, t.width, keys, t.halo, apart * row, s);
       to_weights(s);
       add(First(), s, i);
     }
   } else if constexpr (G2 > 0) {
     Vec<A> s1[R][G1] = {}, s2[R][G2];
-    dot<R, F, G1>(0, C, q, q_row, t.width, keys, t.halo, 0, s1);
+    dot<R, F, G1>(0, words, q, q_row, t.width, keys, t.halo, 0, s1);
     for (int64_t i = begin; i < end; i++, keys += row) {
-      dot_and_exp2<R, F + G1>(C, q, q_row, t.width, keys, t.halo, s2, t.in_products, s1);
+      dot_and_exp2<R, F + G1>(words, q, q_row, t.width, keys, t.halo, s2, t.in_products, s1);
       add(First(), s1, i);
       if (i + 1 < end)
-        dot_and_exp2<R, F>(C, q, q_row, t.width, keys + row, t.halo, s1, t.in_products, s2);
+        dot_and_exp2<R, F>(words, q, q_row, t.width, keys + row, t.halo, s1, t.in_products, s2);
       else
         to_weights(s2);
       add(Second(), s2, i);
@@ -161,19 +161,19 @@ template <int G, class A>
 __attribute__((noinline)) void general_rows(const VeuTiles<A>& t, const A* q, const A* keys, Reach seen, int64_t oz,
                                             int64_t oy, A middle, const Softmax<A>& state) {
   constexpr int F = -((G - 1) / 2);
-  const int64_t C = t.words;
+  const int64_t words = t.words;
   const Vec<A> before = load(state.top), zero{}, one = splat(A(1)), none = splat(-kInf<A>);
   Vec<A> top = before, limit = load(state.sum) == A(0) ? none : splat(static_cast<A>(kSlack));
   Sums<A> sums;
   // what sums of weights are worth from `now` on; there are none if it is lower
   const auto decay = [&](Vec<A> from, Vec<A> now) { return exp2(from > now ? zero : from - now); };
   for (int64_t i = seen.first; i < seen.last; i++) {
-    const A* row = keys + i * (C + 2) * t.halo;
+    const A* row = keys + i * (words + 2) * t.halo;
     Vec<A> s[1][G] = {}, peak = none;
-    dot<1, F, G>(0, C, q, 0, t.width, row, t.halo, 0, s);
+    dot<1, F, G>(0, words, q, 0, t.width, row, t.halo, 0, s);
     for (int g = 0; g < G; g++) {
       if (kPairs) s[0][g] *= t.in_products;
-      s[0][g] = where_set(one, row + (C + 1) * t.halo + F + g) == A(0) ? none : s[0][g];
+      s[0][g] = where_set(one, row + (words + 1) * t.halo + F + g) == A(0) ? none : s[0][g];
       peak = larger(s[0][g], peak);
     }
     const auto raised = peak - top > limit;

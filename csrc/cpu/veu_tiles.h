@@ -260,7 +260,7 @@ COVER_INLINE Vec<A> add_product(Vec<A> sum, Vec<A> a, Vec<A> b) {
 #endif
 }
 
-// One channel of the dot products of R rows of a tile with G neighbours of a passing row, of which the first is F away
+// One word of the dot products of R rows of a tile with G neighbours of a passing row, of which the first is F away
 // from k: s[r][g] += q[r] * k[. + F + g], or, with kFirst, the first of these summands.
 template <int R, int F, int G, bool kFirst, class A>
 COVER_INLINE void add_channel(const A* q, int64_t q_row, const A* k, Vec<A> (*s)[G]) {
@@ -277,12 +277,12 @@ COVER_INLINE void add_channel(const A* q, int64_t q_row, const A* k, Vec<A> (*s)
   });
 }
 
-// Adds channels c.. to dot products: s[r][g] += sum_c q[r][c] * k[c][. + F + g]. Row r of the tile has a passing row of
+// Adds words c.. to dot products: s[r][g] += sum_c q[r][c] * k[c][. + F + g]. Row r of the tile has a passing row of
 // its own, r * apart away, unless that is 0.
 template <int R, int F, int G, class A>
-COVER_INLINE void dot(int64_t c, int64_t C, const A* q, int64_t q_row, int64_t q_stride, const A* k, int64_t k_stride,
-                      int64_t apart, Vec<A> (*s)[G]) {
-  for (; c < C; c++) {
+COVER_INLINE void dot(int64_t c, int64_t words, const A* q, int64_t q_row, int64_t q_stride, const A* k,
+                      int64_t k_stride, int64_t apart, Vec<A> (*s)[G]) {
+  for (; c < words; c++) {
     Vec<A> query[R];
     unroll<R>([&](auto r) COVER_INLINE_LAMBDA { query[r] = load_once(q + r * q_row + c * q_stride); });
     if (apart == 0)
