@@ -43,6 +43,8 @@ CASES = {
         Case("window wider than image", (3, 4), channels=2, window=21),
         Case("window of several chunks", (6, 40), channels=1, window=(3, 19)),
         Case("groups", (9, 11), channels=8, heads=3, window=5),
+        Case("groups side by side", (5, 24), channels=8, heads=4, window=7),
+        Case("volume, groups side by side, window of several chunks", (2, 3, 12), heads=8, window=(3, 3, 19)),
         Case("groups and mask", (9, 18), channels=3, heads=2, window=(7, 3), mask="random"),
         Case("no valid key", (4, 5), channels=2, heads=2, mask="none valid"),
         Case("volume", (4, 6, 18), channels=8, window=5, mask="random"),

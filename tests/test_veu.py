@@ -19,7 +19,7 @@ def by_definition(q, k, window, heads, scale, mask):
     """One voxel after another, straight from the formula, in Python floats."""
     B, JC, *S = q.shape
     C = JC // heads
-    v = torch.zeros(B, len(S), *S, dtype=torch.float64)
+    v = torch.zeros(B, len(S), *S, dtype=dtype)
     for b, p in itertools.product(range(B), itertools.product(*map(range, S))):
         for j in range(heads):
             group = slice(j * C, (j + 1) * C)
@@ -113,6 +113,35 @@ def test_nan_and_infinity_reach_the_output(backend, value):
     assert veu(q, k, 3)[0].isnan().sum() == 2
 
 
+@pytest.mark.parametrize("strength", [1, 30])  # scores within their bound, and beyond it
+@pytest.mark.parametrize(
+    "S, window, heads", [((7, 24), 7, 4), ((3, 5, 12), 5, 8), ((5, 20), 39, 12), ((3, 6), (3, 1), 16)]
+)
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 5e-5), (torch.float64, 1e-12)])
+def test_groups_do_not_see_each_other(S, window, heads, strength, dtype, close, backend):
+    """Rows of several groups may be worked on side by side: each gives what it gives alone."""
+    q, k = (torch.randn(2, 2, heads * 3, *S, dtype=dtype) * strength).requires_grad_()
+    g = torch.randn(2, len(S), *S, dtype=dtype)
+    alone = [veu(q[:, i : i + 3], k[:, i : i + 3], window) for i in range(0, heads * 3, 3)]
+    tolerance = dict(rtol=0, atol=close * strength**2)
+    v = veu(q, k, window, heads)
+    torch.testing.assert_close(v, torch.stack(alone).mean(0), **tolerance)
+    leaves = (q, k)
+    ours, theirs = torch.autograd.grad(v, leaves, g), torch.autograd.grad(sum(alone) / heads, leaves, g)
+    torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def test_what_a_group_holds_does_not_reach_another(backend):
+    q, k = torch.randn(2, 1, 4 * 3, 5, 12)
+    arguments = [5, 5], 4, 1.0, None
+    poisoned = k.clone()
+    poisoned[:, 3:6] = torch.nan
+    poisoned[:, 9:12] = torch.inf
+    before, after = (torch.ops.cover_kernels.veu_fwd(q, x, *arguments)[1] for x in (k, poisoned))
+    torch.testing.assert_close(after[:, ::2], before[:, ::2])
+    assert not after[:, 1].isfinite().any()
+
+
 def test_large_scores_do_not_overflow(backend):
     q, k = torch.randn(2, 1, 4, 8, 8) * 1e4
     assert veu(q, k, 5).isfinite().all()
@@ -155,7 +184,7 @@ def test_gradients_where_some_keys_score_far_above_all_others(backend, dtype, S,
     """Queries near a border of strong features see scores near 0, and a log-sum-exp of hundreds."""
     torch.manual_seed(0)
     q, k = torch.randn((2, 1, 4 * heads, *S), dtype=torch.float64)
-    g = torch.randn(1, len(S), *S, dtype=torch.float64)
+    g = torch.randn(1, len(S), *S, dtype=dtype)
     q[:, :, :strong] *= 12
     k[:, :, :strong] *= 12
     q[:, :, strong:] *= 0.1

@@ -15,12 +15,12 @@ constexpr double kHighest =
 
 template <class A>
 struct BackwardBuffers {
-  A *center, *passing, *sum, *weighted, *grad[3], *inner, *lse, *excess;
+  A *center, *passing, *sum, *weighted, *grad[3], *inner, *lse, *excess, *across;
   int64_t cleared = -1;  // the column whose tiles `passing` is prepared for
 
   static int64_t size(const VeuTiles<A>& t) {
     return ((2 * kPerWord + 1) * t.words + 1) * t.tile_size() + t.passing * (t.words + 6) * t.halo +
-           6 * max(t.padded_size(), t.halo);
+           6 * max(t.padded_size(), t.halo) + across_size(t);
   }
   BackwardBuffers(const VeuTiles<A>& t, Scratch<A>& scratch)
       : center(scratch.take((t.words + 1) * t.tile_size())),         // queries or keys of the tile
@@ -32,7 +32,10 @@ struct BackwardBuffers {
              scratch.take(max(t.padded_size(), t.halo))},
         inner(scratch.take(max(t.padded_size(), t.halo))),
         lse(scratch.take(max(t.padded_size(), t.halo))),
-        excess(scratch.take(max(t.padded_size(), t.halo))) {}
+        excess(scratch.take(max(t.padded_size(), t.halo))),
+        across(scratch.take(across_size(t))) {
+    fill_across(t, across);
+  }
 };
 
 // Log-sum-exp in base 2, with +inf where there is no key: 2^(s - inf) = 0 for every s.
@@ -89,12 +92,21 @@ COVER_INLINE Vec<A> after_products(Vec<A> products, A in_products, Vec<A> lse) {
   return kPairs ? products * in_products - lse : products;
 }
 
+// Calls f with two conditions as constants; the first is taken for true where the second is false, which is rare.
+template <class F>
+COVER_INLINE void with_masks(bool masked, bool moderate, const F& f) {
+  if (moderate)
+    with_constant(masked, [&](auto masked) { f(masked, std::true_type()); });
+  else
+    f(std::true_type(), std::false_type());
+}
+
 // A block of key rows against kRows query rows: adds to sum, weighted [channels, width] and excess [width] for G
-// offsets, of which that of `keys` is ox. With kPlain all keys take part, no score is beyond kBound, and no
-// log-sum-exp, to which keys elsewhere add, beyond kHighest.
-template <int G, bool kGroups, bool kPlain, class A>
+// offsets, of which that of `keys` is ox. Without kMasked all keys take part; with kModerate no score is beyond kBound,
+// and no log-sum-exp, to which keys elsewhere add, beyond kHighest.
+template <int G, bool kGroups, bool kMasked, bool kModerate, class A>
 __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBuffers<A>& s, int64_t row, int64_t x,
-                                          const A* keys, const Passing& block, A ox) {
+                                          const A* keys, const Bits<A>& bits, const Passing& block, A ox) {
   constexpr int F = -((G - 1) / 2);
   const int64_t words = t.words, row_size = kPerWord * words * t.width, at = row * t.width + x;
   const int64_t first_row = row * row_size + x, center_size = (words + 1) * t.width;
@@ -120,10 +132,8 @@ __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBu
       Vec<A> offset = base[r] + grad_y[r] * static_cast<A>(block.oy[r] + i);
       unroll<G>([&](auto g) COVER_INLINE_LAMBDA {
         const Vec<A> exponent = after_products<A>(w[j][g], t.in_products, lse[r]);
-        if constexpr (kPlain)
-          w[j][g] = exp2_within(exponent);
-        else
-          w[j][g] = where_set(weight(exponent), key + (words + 1) * t.halo + F + g);
+        w[j][g] = kModerate ? exp2_within(exponent) : weight(exponent);
+        if (kMasked) w[j][g] = where_set(w[j][g], bits.at(i, F + g));
         to[j][g] = w[j][g] * offset;
         offset += grad_x[r];
         if (kGroups) excess[r] += to[j][g];
@@ -142,10 +152,10 @@ __attribute__((noinline)) void query_rows(const VeuTiles<A>& t, const BackwardBu
 
 // A block of query rows, at -oz, -oy[r] - i, against kRows key rows: adds to sum [channels, width] for G queries, of
 // which that of `queries` is ox away from the key. A query row is [words + 6, halo]: its features, their squared
-// length, -delta_j, g_z, g_y, g_x and its log-sum-exp. kPlain is as above.
-template <int G, bool kPlain, class A>
+// length, -delta_j, g_z, g_y, g_x and its log-sum-exp. kMasked and kModerate are as above.
+template <int G, bool kMasked, bool kModerate, class A>
 __attribute__((noinline)) void key_rows(const VeuTiles<A>& t, const BackwardBuffers<A>& s, int64_t row, int64_t x,
-                                        const A* queries, const Passing& block, A ox) {
+                                        const A* queries, const Bits<A>& bits, const Passing& block, A ox) {
   constexpr int F = -((G - 1) / 2);
   const int64_t words = t.words, row_size = kPerWord * words * t.width;
   const int64_t first_row = row * row_size + x, center_size = (words + 1) * t.width;
@@ -167,7 +177,9 @@ __attribute__((noinline)) void key_rows(const VeuTiles<A>& t, const BackwardBuff
       if (z != 0) offset -= load(grad_z + F + g) * z;
       unroll<rows>([&](auto j) COVER_INLINE_LAMBDA {
         const Vec<A> exponent = after_products<A>(w[j][g], t.in_products, load(lse + F + g));
-        w[j][g] = (kPlain ? exp2_within(exponent) : weight(exponent)) * offset;
+        w[j][g] = kModerate ? exp2_within(exponent) : weight(exponent);
+        if (kMasked) w[j][g] = where_set(w[j][g], bits.at(i, F + g));
+        w[j][g] *= offset;
         offset += slope;  // the next key row
       });
     });
@@ -183,17 +195,16 @@ inline void grad_queries(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTi
   const int64_t size = t.padded_size();
   load_tile(t, tile, a.q, b, j, t.in_queries, s.center);
   const A longest_query = longest_in_tile(t, tile, s.center);
-  const auto load_acc = [&](const void* src, int64_t channels, int64_t c, A outside, A* dst) {
+  const auto load_acc = [&](const void* src, int64_t channels, int64_t c, int64_t apart, A outside, A* dst) {
     fill(dst, size, outside);
     tile.for_rows(t, [&](int64_t z, int64_t y, int64_t row) {
-      std::memcpy(dst + row * t.width, static_cast<const A*>(src) + at(t, b, channels, c, z, y, tile.x),
-                  tile.nx * sizeof(A));
+      load_row(t, src, b, channels, c, apart, z, y, tile.x, tile.nx, dst + row * t.width);
     });
   };
   fill(s.grad[0], size, A(0));
-  for (int64_t i = 0; i < a.d; i++) load_acc(a.grad_v, a.d, i, A(0), s.grad[3 - a.d + i]);
-  load_inner(t, s.grad, size, s.excess, s.inner, [&](int64_t i, A* v) { load_acc(a.v, a.d, i, A(0), v); });
-  load_acc(a.lse, a.J, j, -kInf<A>, s.lse);
+  for (int64_t i = 0; i < a.d; i++) load_acc(a.grad_v, a.d, i, 0, A(0), s.grad[3 - a.d + i]);
+  load_inner(t, s.grad, size, s.excess, s.inner, [&](int64_t i, A* v) { load_acc(a.v, a.d, i, 0, A(0), v); });
+  load_acc(a.lse, a.J, j, 1, -kInf<A>, s.lse);
   lse_to_base2(s.lse, size);
   // not that of voxels beyond the image, and of queries without a key, which only a mask leaves
   Vec<A> highest{};
@@ -213,12 +224,14 @@ inline void grad_queries(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTi
     load_keys(t, in, b, j, z, y, n, s.passing);
     for (int64_t x = 0; x < tile.nx; x += kLanes<A>) {
       const A longest_key = largest_seen(t, s.passing + t.words * t.halo, (t.words + 2) * t.halo, n, x);
-      const bool plain = moderate && !sees_masked(t, tile, x) && bounded(t, longest_query, longest_key);
+      const bool masked = sees_masked(t, tile, x), safe = moderate && bounded(t, longest_query, longest_key);
       for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
         for_chunks(t.R[2], [&](int64_t o, auto G) {
+          const A* keys = s.passing + t.left + x + o;
+          const Bits<A> bits = bits_of_keys(t, s.across, s.passing, x, o);
           with_constant(a.J > 1, [&](auto groups) {
-            with_constant(plain, [&](auto plain) {
-              query_rows<G, groups, plain>(t, s, row, x, s.passing + t.left + x + o, block, static_cast<A>(o));
+            with_masks(masked, safe, [&](auto masked, auto safe) {
+              query_rows<G, groups, masked, safe>(t, s, row, x, keys, bits, block, static_cast<A>(o));
             });
           });
         });
@@ -231,8 +244,10 @@ inline void grad_queries(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTi
       if (a.J > 1)
         for (int64_t x = 0; x < t.width; x++)
           sum[x] -= s.excess[row * t.width + x] * s.weighted[(row * sums + c) * t.width + x];
-      store_row(a.dtype, a.grad_q, at(t, b, a.J * a.C, j * a.C + c, z, y, tile.x), tile.nx,
-                static_cast<A>(a.scale / a.J), sum);
+      for_groups(t, tile.nx, [&](int64_t group, int64_t first, int64_t n) {
+        store_row(a.dtype, a.grad_q, at(t, b, a.J * a.C, (j + group) * a.C + c, z, y, tile.x), n,
+                  static_cast<A>(a.scale / a.J), sum + first);
+      });
     }
   });
   if (ring) std::memcpy(ring, s.excess, t.tile_size() * sizeof(A));
@@ -257,11 +272,13 @@ inline void grad_keys(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<
       A *base = s.passing + i * row_size + (t.words + 1) * t.halo, *lse = base + 4 * t.halo;
       A* const grad[3] = {base + t.halo, base + 2 * t.halo, base + 3 * t.halo};
       for (int64_t axis = 0; axis < 3 - a.d; axis++) fill(grad[axis], t.halo, A(0));
-      for (int64_t axis = 0; axis < a.d; axis++)
-        load_halo(t, in, a.grad_v, at(t, b, a.d, axis, z, y + i, 0), A(0), grad[3 - a.d + axis]);
-      load_inner(t, grad, t.halo, base, s.inner,
-                 [&](int64_t axis, A* v) { load_halo(t, in, a.v, at(t, b, a.d, axis, z, y + i, 0), A(0), v); });
-      load_halo(t, in, a.lse, at(t, b, a.J, j, z, y + i, 0), -kInf<A>, lse);
+      const auto load_acc = [&](const void* src, int64_t channels, int64_t c, int64_t apart, A outside, A* dst) {
+        fill_outside(t, in, outside, dst);
+        load_row(t, src, b, channels, c, apart, z, y + i, in.x0, in.end - in.begin, dst + in.begin);
+      };
+      for (int64_t axis = 0; axis < a.d; axis++) load_acc(a.grad_v, a.d, axis, 0, A(0), grad[3 - a.d + axis]);
+      load_inner(t, grad, t.halo, base, s.inner, [&](int64_t axis, A* v) { load_acc(a.v, a.d, axis, 0, A(0), v); });
+      load_acc(a.lse, a.J, j, 1, -kInf<A>, lse);
       lse_to_base2(lse, t.halo);
       if (a.J > 1) {
         excess(z, y + i, in.x0, in.end - in.begin, s.excess);
@@ -272,12 +289,15 @@ inline void grad_keys(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<
     for (int64_t x = 0; x < tile.nx; x += kLanes<A>) {
       const A longest_query = largest_seen(t, s.passing + t.words * t.halo, row_size, n, x);
       const A highest = largest_seen(t, s.passing + (t.words + 5) * t.halo, row_size, n, x);
-      const bool plain =
-          !sees_masked(t, tile, x) && bounded(t, longest_query, longest_key) && highest <= static_cast<A>(kHighest);
+      // queries beyond the image weigh nothing, by a log-sum-exp that is not moderate; those of a group beside it do
+      const bool edge = sees_masked(t, tile, x), masked = edge && t.fold > 1;
+      const bool safe = edge == masked && bounded(t, longest_query, longest_key) && highest <= static_cast<A>(kHighest);
       for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
         for_chunks(t.R[2], [&](int64_t o, auto G) {
-          with_constant(plain, [&](auto plain) {
-            key_rows<G, plain>(t, s, row, x, s.passing + t.left + x + o, block, static_cast<A>(-o));
+          const A* queries = s.passing + t.left + x + o;
+          const Bits<A> bits = bits_across(t, s.across, x, o);
+          with_masks(masked, safe, [&](auto masked, auto safe) {
+            key_rows<G, masked, safe>(t, s, row, x, queries, bits, block, static_cast<A>(-o));
           });
         });
       });
@@ -290,8 +310,10 @@ inline void grad_keys(const VeuTiles<A>& t, int64_t b, int64_t j, const VeuTile<
       for (int64_t x = 0; mask && x < tile.nx; x++)
         if (!mask[x]) sum[x] = 0;
       // the queries, or their products, carried scale * log2(e)
-      store_row(a.dtype, a.grad_k, at(t, b, a.J * a.C, j * a.C + c, z, y, tile.x), tile.nx,
-                static_cast<A>(kLn2 / a.J) * t.in_products, sum);
+      for_groups(t, tile.nx, [&](int64_t group, int64_t first, int64_t n) {
+        store_row(a.dtype, a.grad_k, at(t, b, a.J * a.C, (j + group) * a.C + c, z, y, tile.x), n,
+                  static_cast<A>(kLn2 / a.J) * t.in_products, sum + first);
+      });
     }
   });
 }
@@ -314,7 +336,8 @@ struct Strip {
 template <class A>
 inline void veu_bwd(const Veu& a) {
   const VeuTiles<A> t(a);
-  const int64_t tile_size = t.tile_size(), images = a.B * a.J, most = kRingElements / tile_size;
+  const int64_t folded = a.J / t.fold, tile_size = t.tile_size(), images = a.B * folded,
+                most = kRingElements / tile_size;
   // slabs and rows of tiles that a tile's keys see on either side
   const int64_t deep = (t.R[0] + t.planes - 1) / t.planes, halo = (t.R[1] + t.rows - 1) / t.rows;
   // where window-deep slabs are too large for the ring, strips of them follow each other
@@ -353,19 +376,21 @@ inline void veu_bwd(const Veu& a) {
       for (int64_t first = 0; first < n; first += step) {
         const int64_t last = min(n, first + step), ready = min(n, last + reach);
         for_tiles(image, done, ready, [&](int64_t i, int64_t tile, BackwardBuffers<A>& s) {
-          grad_queries(t, i / a.J, i % a.J, strip[tile], s, a.J > 1 ? slot(i, tile) : nullptr);
+          grad_queries(t, i / folded, i % folded * t.fold, strip[tile], s, a.J > 1 ? slot(i, tile) : nullptr);
         });
         done = ready;
         for_tiles(image, first, last, [&](int64_t i, int64_t tile, BackwardBuffers<A>& s) {
           if (strip.row(tile) < y || strip.row(tile) >= end) return;
-          grad_keys(t, i / a.J, i % a.J, strip[tile], s, [&](int64_t z, int64_t y, int64_t x, int64_t n, A* dst) {
-            for (int64_t x1 = x; x1 < x + n;) {
-              const int64_t tile_x = x1 / t.width, stop = min(x + n, (tile_x + 1) * t.width);
-              const A* row = slot(i, strip.index(z, y, tile_x)) + (z % t.planes * t.rows + y % t.rows) * t.width;
-              std::memcpy(dst + x1 - x, row + x1 - tile_x * t.width, (stop - x1) * sizeof(A));
-              x1 = stop;
-            }
-          });
+          grad_keys(t, i / folded, i % folded * t.fold, strip[tile], s,
+                    [&](int64_t z, int64_t y, int64_t x, int64_t n, A* dst) {
+                      for (int64_t x1 = x; x1 < x + n;) {
+                        const int64_t tile_x = x1 / t.width, stop = min(x + n, (tile_x + 1) * t.width);
+                        const A* row =
+                            slot(i, strip.index(z, y, tile_x)) + (z % t.planes * t.rows + y % t.rows) * t.width;
+                        std::memcpy(dst + x1 - x, row + x1 - tile_x * t.width, (stop - x1) * sizeof(A));
+                        x1 = stop;
+                      }
+                    });
         });
       }
     }

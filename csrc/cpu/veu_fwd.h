@@ -74,10 +74,10 @@ COVER_INLINE void dot_and_exp2(int64_t words, const A* q, int64_t q_row, int64_t
 }
 
 // Key rows begin..end - 1 of a block against R query rows, oy away from the first; the second query row sees others,
-// `apart` of them on, unless that is 0.
-template <int R, int G, bool kMasked, class A>
+// `apart` of them on, unless that is 0. kBits: `bits.offset`, or 0 where all keys take part.
+template <int R, int G, int kBits, class A>
 COVER_INLINE void bounded_rows(const VeuTiles<A>& t, const A* q, const A* keys, int64_t begin, int64_t end,
-                               int64_t apart, const int64_t* oy, Sums<A>* sums) {
+                               const Bits<A>& bits, int64_t apart, const int64_t* oy, Sums<A>* sums) {
   if (begin >= end) return;
   constexpr int G1 = (G + 1) / 2, G2 = G / 2, F = -((G - 1) / 2);  // two halves; the first offset
   using First = std::integral_constant<int, 0>;
@@ -93,8 +93,8 @@ COVER_INLINE void bounded_rows(const VeuTiles<A>& t, const A* q, const A* keys, 
   const auto add = [&](auto first, auto& w, int64_t i) COVER_INLINE_LAMBDA {
     constexpr int n = sizeof(w[0]) / sizeof(w[0][0]);
     unroll<R>([&](auto r) COVER_INLINE_LAMBDA {
-      const A* part = keys + r * apart * row + (words + 1) * t.halo + F + first;
-      unroll<kMasked ? n : 0>([&](auto g) COVER_INLINE_LAMBDA { w[r][g] = where_set(w[r][g], part + g); });
+      const A* part = bits.first + (i + r * apart) * bits.row + (F + first) * kBits;
+      unroll<kBits ? n : 0>([&](auto g) COVER_INLINE_LAMBDA { w[r][g] = where_set(w[r][g], part + g * kBits); });
       add_weights<first, n, G>(w[r], static_cast<A>(oy[r] + i + r * apart), sums[r]);
     });
   };
@@ -120,25 +120,34 @@ COVER_INLINE void bounded_rows(const VeuTiles<A>& t, const A* q, const A* keys, 
   }
 }
 
+// Calls f(kBits).
+template <class A, class F>
+COVER_INLINE void with_bits(bool masked, bool folded, const F& f) {
+  if (!masked)
+    f(std::integral_constant<int, 0>());
+  else
+    folded ? f(std::integral_constant<int, kLanes<A>>()) : f(std::integral_constant<int, 1>());
+}
+
 // A block of key rows against kRows query rows: G offsets, of which the middle one is `middle`. No score is beyond
 // kBound, so that 0 stands for the maximum. q, keys and state point at the vector of voxels and the chunk's offset.
-template <int G, bool kMasked, class A>
-__attribute__((noinline)) void forward_rows(const VeuTiles<A>& t, const A* q, const A* keys, const Passing& block,
-                                            A middle, const Softmax<A>& state) {
+template <int G, int kBits, class A>
+__attribute__((noinline)) void forward_rows(const VeuTiles<A>& t, const A* q, const A* keys, const Bits<A>& bits,
+                                            const Passing& block, A middle, const Softmax<A>& state) {
   Sums<A> sums[kRows];
   const Reach(&seen)[kRows] = block.seen;
   if constexpr (kRows == 1) {
-    bounded_rows<1, G, kMasked>(t, q, keys, seen[0].first, seen[0].last, 0, block.oy, sums);
+    bounded_rows<1, G, kBits>(t, q, keys, seen[0].first, seen[0].last, bits, 0, block.oy, sums);
   } else {
     const int64_t begin = seen[1].first, end = seen[0].last;  // of what both see
     const A* second = q + (t.words + 1) * t.width;
-    bounded_rows<2, G, kMasked>(t, q, keys, begin, end, 0, block.oy, sums);
+    bounded_rows<2, G, kBits>(t, q, keys, begin, end, bits, 0, block.oy, sums);
     // as many that only the first sees as those that only the second sees: nearly always
     if (begin < end && begin - seen[0].first == seen[1].last - end) {
-      bounded_rows<2, G, kMasked>(t, q, keys, seen[0].first, begin, end - seen[0].first, block.oy, sums);
+      bounded_rows<2, G, kBits>(t, q, keys, seen[0].first, begin, bits, end - seen[0].first, block.oy, sums);
     } else {
-      bounded_rows<1, G, kMasked>(t, q, keys, seen[0].first, min(begin, end), 0, block.oy, sums);
-      bounded_rows<1, G, kMasked>(t, second, keys, max(begin, end), seen[1].last, 0, block.oy + 1, sums + 1);
+      bounded_rows<1, G, kBits>(t, q, keys, seen[0].first, min(begin, end), bits, 0, block.oy, sums);
+      bounded_rows<1, G, kBits>(t, second, keys, max(begin, end), seen[1].last, bits, 0, block.oy + 1, sums + 1);
     }
   }
   unroll<kRows>([&](auto r) COVER_INLINE_LAMBDA {
@@ -158,8 +167,8 @@ __attribute__((noinline)) void forward_rows(const VeuTiles<A>& t, const A* q, co
 // A block of key rows against one query row, whatever the scores. What stands for the maximum is raised where a score
 // exceeds it by more than kSlack.
 template <int G, class A>
-__attribute__((noinline)) void general_rows(const VeuTiles<A>& t, const A* q, const A* keys, Reach seen, int64_t oz,
-                                            int64_t oy, A middle, const Softmax<A>& state) {
+__attribute__((noinline)) void general_rows(const VeuTiles<A>& t, const A* q, const A* keys, const Bits<A>& bits,
+                                            Reach seen, int64_t oz, int64_t oy, A middle, const Softmax<A>& state) {
   constexpr int F = -((G - 1) / 2);
   const int64_t words = t.words;
   const Vec<A> before = load(state.top), zero{}, one = splat(A(1)), none = splat(-kInf<A>);
@@ -173,7 +182,7 @@ __attribute__((noinline)) void general_rows(const VeuTiles<A>& t, const A* q, co
     dot<1, F, G>(0, words, q, 0, t.width, row, t.halo, 0, s);
     for (int g = 0; g < G; g++) {
       if (kPairs) s[0][g] *= t.in_products;
-      s[0][g] = where_set(one, row + (words + 1) * t.halo + F + g) == A(0) ? none : s[0][g];
+      s[0][g] = where_set(one, bits.at(i, F + g)) == A(0) ? none : s[0][g];
       peak = larger(s[0][g], peak);
     }
     const auto raised = peak - top > limit;
@@ -192,17 +201,20 @@ __attribute__((noinline)) void general_rows(const VeuTiles<A>& t, const A* q, co
 
 template <class A>
 struct ForwardBuffers {
-  A *q, *keys, *state, *out;
+  A *q, *keys, *state, *out, *across;
   int64_t cleared = -1;  // the column whose tiles `keys` is prepared for
 
   static int64_t size(const VeuTiles<A>& t) {
-    return (t.words + 4) * t.tile_size() + 5 * t.padded_size() + t.passing * (t.words + 2) * t.halo;
+    return (t.words + 4) * t.tile_size() + 5 * t.padded_size() + t.passing * (t.words + 2) * t.halo + across_size(t);
   }
   ForwardBuffers(const VeuTiles<A>& t, Scratch<A>& scratch)
       : q(scratch.take((t.words + 1) * t.tile_size())),
         keys(scratch.take(t.passing * (t.words + 2) * t.halo)),
         state(scratch.take(5 * t.padded_size())),
-        out(scratch.take(3 * t.tile_size())) {}
+        out(scratch.take(3 * t.tile_size())),
+        across(scratch.take(across_size(t))) {
+    fill_across(t, across);
+  }
 };
 
 // v and lse of one tile; `out` [3, planes, rows, width] sums the groups.
@@ -214,7 +226,7 @@ inline void forward_tile(const VeuTiles<A>& t, int64_t b, const VeuTile<A>& tile
   fill(s.out, 3 * size, A(0));
   if (s.cleared != tile.x) clear_keys(t, in, s.keys);
   s.cleared = tile.x;
-  for (int64_t j = 0; j < a.J; j++) {
+  for (int64_t j = 0; j < a.J; j += t.fold) {
     load_tile(t, tile, a.q, b, j, t.in_queries, s.q);
     const A longest_query = longest_in_tile(t, tile, s.q);
     fill(s.state, 5 * padded, A(0));
@@ -229,13 +241,15 @@ inline void forward_tile(const VeuTiles<A>& t, int64_t b, const VeuTile<A>& tile
         for_row_pairs(t, tile, z, y, n, [&](int64_t row, const Passing& block) {
           for_chunks(t.R[2], [&](int64_t o, auto G) {
             const A *q = s.q + row * (t.words + 1) * t.width + x, *keys = s.keys + t.left + x + o;
+            const Bits<A> bits = bits_of_keys(t, s.across, s.keys, x, o);
             const A middle = static_cast<A>(o + (G % 2 ? 0 : 0.5));
             const Softmax<A> own = state.at(row * t.width + x);
             for (int r = 0; !safe && r < kRows; r++)
-              general_rows<G>(t, q + r * (t.words + 1) * t.width, keys, block.seen[r], block.oz, block.oy[r], middle,
-                              own.at(r * t.width));
+              general_rows<G>(t, q + r * (t.words + 1) * t.width, keys, bits, block.seen[r], block.oz, block.oy[r],
+                              middle, own.at(r * t.width));
             if (safe)
-              with_constant(masked, [&](auto masked) { forward_rows<G, masked>(t, q, keys, block, middle, own); });
+              with_bits<A>(masked, t.fold > 1,
+                           [&](auto kind) { forward_rows<G, kind>(t, q, keys, bits, block, middle, own); });
           });
         });
       }
@@ -253,13 +267,18 @@ inline void forward_tile(const VeuTiles<A>& t, int64_t b, const VeuTile<A>& tile
         const Vec<A> lse = (load(m.top + x) + log2(sum == A(0) ? splat(A(1)) : sum)) * static_cast<A>(kLn2);
         store(m.top + x, sum == A(0) ? splat(-kInf<A>) : lse);
       }
-      std::memcpy(static_cast<A*>(a.lse) + at(t, b, a.J, j, z, y, tile.x), m.top, tile.nx * sizeof(A));
+      for_groups(t, tile.nx, [&](int64_t group, int64_t first, int64_t n) {
+        std::memcpy(static_cast<A*>(a.lse) + at(t, b, a.J, j + group, z, y, tile.x), m.top + first, n * sizeof(A));
+      });
     });
   }
   for (int64_t i = 0; i < a.d; i++)
     tile.for_rows(t, [&](int64_t z, int64_t y, int64_t row) {
-      std::memcpy(static_cast<A*>(a.v) + at(t, b, a.d, i, z, y, tile.x), s.out + (3 - a.d + i) * size + row * t.width,
-                  tile.nx * sizeof(A));
+      A* v = static_cast<A*>(a.v) + at(t, b, a.d, i, z, y, tile.x);
+      const A* out = s.out + (3 - a.d + i) * size + row * t.width;
+      for_groups(t, tile.nx, [&](int64_t group, int64_t first, int64_t n) {
+        for (int64_t x = 0; x < n; x++) v[x] = (group ? v[x] : A(0)) + out[first + x];
+      });
     });
 }
 

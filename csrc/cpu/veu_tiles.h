@@ -4,6 +4,9 @@
 // A tile is `planes` by `rows` voxel rows of `width` voxels; lanes are neighbouring voxels along W. Every row that some
 // window of the tile sees is copied once into a zero-padded buffer (which also converts the storage type), a block of
 // rows at a time, and used by all rows of the tile within reach. Two rows of the tile share each load of a passing one.
+//
+// Rows that would leave many lanes empty lie side by side for several groups: `fold` of them make one row, and bits say
+// for each offset which lanes would look across from one group into another.
 namespace cover {
 namespace COVER_ISA {
 
@@ -13,6 +16,8 @@ constexpr int64_t kTileElements = 65536;              // of a tile's features: a
 constexpr int64_t kPassingElements = 98304;         // of the rows that pass it and are in memory at once: somewhat more
 constexpr int64_t kTileRows = 16, kTilePlanes = 8;  // of a tile at most,
 constexpr int64_t kFewTiles = 4;                    // and fewer planes rather than fewer tiles than this
+constexpr int kSideBySide = 4, kTogether = 8;       // vectors of a row, and channels, that are copied in turn
+constexpr int64_t kFoldElements = 8192;             // of the bits for folded rows, at most
 constexpr double kBound = 48;                       // scores up to this, in powers of 2, are safe without their maximum
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 #ifdef COVER_PAIRS
@@ -27,6 +32,7 @@ template <class A>
 struct VeuTiles {
   const Veu& a;
   int64_t D, H, W, R[3];        // R: the window's radii
+  int64_t fold, row;            // groups that lie side by side, and the voxels of such a row
   int64_t words;                // that hold the channels of a voxel, each of an A's size
   A in_queries, in_products;    // factors that make scores in base 2: pairs cannot hold the first
   int64_t planes, rows, width;  // of a tile; width is a multiple of the lanes
@@ -45,11 +51,17 @@ struct VeuTiles {
     // a window wider than the image sees no more than one as wide as the image
     for (int i = 0; i < 3; i++) R[i] = min((a.N[i] - 1) / 2, a.S[i] - 1);
     const int64_t lanes = kLanes<A>;
+    fold = 1;
+    for (int64_t n = 2; n <= a.J && !a.mask; n++)
+      if (a.J % n == 0 && round_up(n * W, lanes) * (2 * R[2] + 1) <= kFoldElements &&
+          9 * fold * round_up(n * W, lanes) <= 8 * n * round_up(fold * W, lanes))
+        fold = n;
+    row = fold * W;
     int64_t most = kTileRows;
     while (most > 1 && words * most * lanes > kTileElements) most /= 2;
     split(H, most, rows, ny, kRows);
-    width = max(lanes, min(round_up(W, lanes), kTileElements / (words * rows) / lanes * lanes));
-    nx = (W + width - 1) / width;
+    width = max(lanes, min(round_up(row, lanes), kTileElements / (words * rows) / lanes * lanes));
+    nx = (row + width - 1) / width;
     // a plane of keys is copied once for all planes of a tile that see it
     most = min<int64_t>(kTilePlanes, max<int64_t>(1, kTileElements / (words * rows * width)));
     while (most > 1 && a.B * ((D + most - 1) / most) * ny * nx < kFewTiles) most--;
@@ -83,7 +95,7 @@ struct VeuTile {
         x(tile % t.nx * t.width),
         nz(min(t.planes, t.D - z)),
         ny(min(t.rows, t.H - y)),
-        nx(min(t.width, t.W - x)) {}
+        nx(min(t.width, t.row - x)) {}
 
   // Calls f(z, y, row of the tile) for every row.
   template <class F>
@@ -105,7 +117,7 @@ struct Inside {
 };
 template <class A>
 inline Inside inside_row(const VeuTiles<A>& t, const VeuTile<A>& tile) {
-  const int64_t x0 = max<int64_t>(0, tile.x - t.R[2]), x1 = min(t.W, tile.x + t.width + t.R[2]);
+  const int64_t x0 = max<int64_t>(0, tile.x - t.R[2]), x1 = min(t.row, tile.x + t.width + t.R[2]);
   return {t.left + x0 - tile.x, t.left + x1 - tile.x, x0};
 }
 
@@ -116,11 +128,21 @@ inline void fill_outside(const VeuTiles<A>& t, const Inside& in, A value, A* dst
   fill(dst + in.end, t.halo - in.end, value);
 }
 
-// One row of an acc tensor [.., *S] with its halo, `outside` beyond the image.
+// Calls f(group, first, voxels) for the groups that lie side by side in n voxels of a row.
+template <class A, class F>
+inline void for_groups(const VeuTiles<A>& t, int64_t n, const F& f) {
+  const int64_t part = min(n, t.W);
+  for (int64_t i = 0; i * part < n; i++) f(i, i * part, part);
+}
+
+// n voxels of a row of an acc tensor [B, channels, *S], from channel c on; groups are `apart` channels from each other.
 template <class A>
-inline void load_halo(const VeuTiles<A>& t, const Inside& in, const void* src, int64_t row, A outside, A* dst) {
-  fill_outside(t, in, outside, dst);
-  std::memcpy(dst + in.begin, static_cast<const A*>(src) + row + in.x0, (in.end - in.begin) * sizeof(A));
+inline void load_row(const VeuTiles<A>& t, const void* src, int64_t b, int64_t channels, int64_t c, int64_t apart,
+                     int64_t z, int64_t y, int64_t x, int64_t n, A* dst) {
+  for_groups(t, n, [&](int64_t group, int64_t first, int64_t part) {
+    const A* from = static_cast<const A*>(src) + at(t, b, channels, c + group * apart, z, y, x);
+    std::memcpy(dst + first, from, part * sizeof(A));
+  });
 }
 
 // Two channels of the first n <= kLanes<A> voxels, in pairs; `second` is null where there is none.
@@ -155,50 +177,68 @@ COVER_INLINE Vec<A> squared(Vec<A> words) {
   return sum;
 }
 
-// Feature rows (z, y..) of group j, `width` voxels from x on, times a factor (1 for pairs): n rows, `row` apart,
-// of dst [words, stride], each followed by the squared lengths of its voxels' features.
+// n rows of features of one group, `width` voxels each, from `src` [C, *S], times a factor (1 for pairs), into rows
+// that are `row` apart of dst [words, stride], each followed by the squared lengths of its voxels' features.
+template <class T, class A>
+inline void copy_features(const VeuTiles<A>& t, const T* src, int64_t n, int64_t width, A factor, A* dst,
+                          int64_t stride, int64_t row) {
+  constexpr int64_t lanes = kLanes<A>;
+  using Several = std::integral_constant<int, kSideBySide>;
+  using One = std::integral_constant<int, 1>;
+  const int64_t C = t.a.C, words = t.words, W = t.W, numel = t.D * t.H * W;
+  A* const squares = dst + words * stride;
+  for (int64_t first = 0; first < words; first += kTogether)
+    for (int64_t i = 0; i < n; i++) {
+      int64_t x = 0;
+      // vectors of a row, of which a single one may have less than all lanes left
+      const auto copy = [=](auto vectors, int64_t x, int64_t left) COVER_INLINE_LAMBDA {
+        const auto put = [=](A* p, Vec<A> v)
+                             COVER_INLINE_LAMBDA { left == lanes ? store(p, v) : store_part(p, v, left); };
+        A* const square = squares + i * row + x;
+        Vec<A> sum[vectors] = {};
+        unroll<vectors>([&](auto v) COVER_INLINE_LAMBDA {
+          if (first > 0) sum[v] = left == lanes ? load(square + v * lanes) : load_part<A>(square, left);
+        });
+        for (int64_t c = first; c < min(words, first + kTogether); c++)
+          unroll<vectors>([&](auto v) COVER_INLINE_LAMBDA {
+            const T* const p = src + kPerWord * c * numel + i * W + x + v * lanes;
+            // channels take turns, so that a processor does not see what comes next
+            for (int k = 0; k < kPerWord; k++) __builtin_prefetch(p + k * numel + kSideBySide * lanes);
+#ifdef COVER_PAIRS
+            const Vec<A> value = load_pairs(p, kPerWord * c + 1 < C ? p + numel : nullptr, left);
+#else
+            const Vec<A> value = (left == lanes ? load_converted<A>(p) : load_part<A>(p, left)) * factor;
+#endif
+            put(dst + c * stride + i * row + x + v * lanes, value);
+            sum[v] += squared<A>(value);
+          });
+        unroll<vectors>([&](auto v) COVER_INLINE_LAMBDA { put(square + v * lanes, sum[v]); });
+      };
+      for (; x + kSideBySide * lanes <= width; x += kSideBySide * lanes) copy(Several(), x, lanes);
+      for (; x + lanes <= width; x += lanes) copy(One(), x, lanes);
+      if (x < width) copy(One(), x, width - x);
+    }
+}
+
+// Feature rows (z, y..) from group j on, `width` voxels from x on, as `copy_features` leaves them.
 template <class A>
 inline void load_features(const VeuTiles<A>& t, const void* src, int64_t b, int64_t j, int64_t z, int64_t y, int64_t x,
                           int64_t n, int64_t width, A factor, A* dst, int64_t stride, int64_t row) {
-  const int64_t C = t.a.C, words = t.words, W = t.W, numel = t.D * t.H * W;
-  const int64_t first = at(t, b, t.a.J * C, j * C, z, y, x);
-  A* const squares = dst + words * stride;
-  for (int64_t i = 0; i < n; i++) fill(squares + i * row, width, A(0));
-  const auto load_all = [=](auto* type) {  // copies stay in registers
-    using T = std::remove_pointer_t<decltype(type)>;
-    constexpr int64_t lanes = kLanes<A>;
-    for (int64_t c = 0; c < words; c++)
-      for (int64_t i = 0; i < n; i++) {
-        const T* s = static_cast<const T*>(src) + first + kPerWord * c * numel + i * W;
-        A *d = dst + c * stride + i * row, *square = squares + i * row;
-        int64_t x = 0;
-        const auto next = [&](int64_t left) {
-#ifdef COVER_PAIRS
-          return load_pairs(s + x, kPerWord * c + 1 < C ? s + numel + x : nullptr, left);
-#else
-          return (left == lanes ? load_converted<A>(s + x) : load_part<A>(s + x, left)) * factor;
-#endif
-        };
-        for (; x + lanes <= width; x += lanes) {
-          __builtin_prefetch(s + x + numel);  // rows are too short for a processor to see what comes next
-          const Vec<A> v = next(lanes);
-          store(d + x, v);
-          store(square + x, load(square + x) + squared<A>(v));
-        }
-        if (x == width) continue;
-        const Vec<A> v = next(width - x);
-        store_part(d + x, v, width - x);
-        store_part(square + x, load_part<A>(square + x, width - x) + squared<A>(v), width - x);
-      }
-  };
-  if constexpr (kPairs)
-    load_all(static_cast<BFloat16*>(nullptr));
-  else
-    with_storage(t.a.dtype, load_all);
+  for_groups(t, width, [&](int64_t group, int64_t first, int64_t part) {
+    const int64_t from = at(t, b, t.a.J * t.a.C, (j + group) * t.a.C, z, y, x);
+    const auto copy = [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      copy_features(t, static_cast<const T*>(src) + from, n, part, factor, dst + first, stride, row);
+    };
+    if constexpr (kPairs)
+      copy(static_cast<BFloat16*>(nullptr));
+    else
+      with_storage(t.a.dtype, copy);
+  });
 }
 
-// Queries (or keys) of a tile in group j, and their squared lengths: dst [planes, rows, words + 1, width], zero beyond
-// the image.
+// Queries (or keys) of a tile from group j on, and their squared lengths: dst [planes, rows, words + 1, width], zero
+// beyond the image.
 template <class A>
 inline void load_tile(const VeuTiles<A>& t, const VeuTile<A>& tile, const void* src, int64_t b, int64_t j, A factor,
                       A* dst) {
@@ -229,7 +269,44 @@ inline void clear_keys(const VeuTiles<A>& t, const Inside& in, A* keys) {
 // Whether some window of the vector at x of a tile reaches beyond the image along W, or there is a mask.
 template <class A>
 inline bool sees_masked(const VeuTiles<A>& t, const VeuTile<A>& tile, int64_t x) {
-  return t.a.mask || tile.x + x < t.R[2] || tile.x + x + kLanes<A> + t.R[2] > t.W;
+  const int64_t first = (tile.x + x) % t.W;
+  return t.a.mask || first < t.R[2] || first + kLanes<A> + t.R[2] > t.W;
+}
+
+// Bits of the offsets of one vector of voxels, set where what a passing row holds there takes part.
+template <class A>
+struct Bits {
+  const A* first;
+  int64_t row, offset;  // elements from a passing row, and from an offset, to the next
+  const A* at(int64_t i, int64_t o) const { return first + i * row + o * offset; }
+};
+
+// Bits for all offsets of each vector of a folded row, which are those of every such row; of others one that is set.
+template <class A>
+inline int64_t across_size(const VeuTiles<A>& t) {
+  return t.fold > 1 ? t.width * (2 * t.R[2] + 1) : kLanes<A>;
+}
+template <class A>
+inline void fill_across(const VeuTiles<A>& t, A* bits) {
+  if (t.fold == 1) return fill(bits, kLanes<A>, all_bits<A>());
+  for (int64_t x = 0; x < t.width; x += kLanes<A>)
+    for (int64_t o = -t.R[2]; o <= t.R[2]; o++)
+      for (int64_t i = 0; i < kLanes<A>; i++) {
+        const int64_t seen = (x + i) % t.W + o;
+        *bits++ = seen >= 0 && seen < t.W ? all_bits<A>() : A(0);
+      }
+}
+template <class A>
+inline Bits<A> bits_across(const VeuTiles<A>& t, const A* across, int64_t x, int64_t o) {
+  if (t.fold == 1) return {across, 0, 0};
+  return {across + x * (2 * t.R[2] + 1) + (o + t.R[2]) * kLanes<A>, 0, kLanes<A>};
+}
+
+// Bits of key rows at offset o of the vector at x.
+template <class A>
+inline Bits<A> bits_of_keys(const VeuTiles<A>& t, const A* across, const A* keys, int64_t x, int64_t o) {
+  if (t.fold > 1) return bits_across(t, across, x, o);
+  return {keys + (t.words + 1) * t.halo + t.left + x + o, (t.words + 2) * t.halo, 1};
 }
 
 // Key rows (z, y..), n of them, into what `clear_keys` prepared. Keys that do not take part are zero, so that nothing
