@@ -19,7 +19,7 @@ def by_definition(q, k, window, heads, scale, mask):
     """One voxel after another, straight from the formula, in Python floats."""
     B, JC, *S = q.shape
     C = JC // heads
-    v = torch.zeros(B, len(S), *S, dtype=dtype)
+    v = torch.zeros(B, len(S), *S, dtype=torch.float64)
     for b, p in itertools.product(range(B), itertools.product(*map(range, S))):
         for j in range(heads):
             group = slice(j * C, (j + 1) * C)
