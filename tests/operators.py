@@ -45,6 +45,7 @@ CASES = {
         Case("groups", (9, 11), channels=8, heads=3, window=5),
         Case("groups side by side", (5, 24), channels=8, heads=4, window=7),
         Case("volume, groups side by side, window of several chunks", (2, 3, 12), heads=8, window=(3, 3, 19)),
+        Case("groups of many channels side by side", (2, 12), B=1, channels=600, heads=4),
         Case("groups and mask", (9, 18), channels=3, heads=2, window=(7, 3), mask="random"),
         Case("no valid key", (4, 5), channels=2, heads=2, mask="none valid"),
         Case("volume", (4, 6, 18), channels=8, window=5, mask="random"),

@@ -51,14 +51,18 @@ struct VeuTiles {
     // a window wider than the image sees no more than one as wide as the image
     for (int i = 0; i < 3; i++) R[i] = min((a.N[i] - 1) / 2, a.S[i] - 1);
     const int64_t lanes = kLanes<A>;
+    // as few groups as fill the lanes best: more only where that saves a ninth
     fold = 1;
-    for (int64_t n = 2; n <= a.J && !a.mask; n++)
-      if (a.J % n == 0 && round_up(n * W, lanes) * (2 * R[2] + 1) <= kFoldElements &&
-          9 * fold * round_up(n * W, lanes) <= 8 * n * round_up(fold * W, lanes))
+    for (int64_t n = 2; n <= a.J && !a.mask; n++) {
+      const int64_t folded = round_up(n * W, lanes);
+      if (a.J % n == 0 && folded * (2 * R[2] + 1) <= kFoldElements && words * folded <= kTileElements &&
+          9 * fold * folded <= 8 * n * round_up(fold * W, lanes))
         fold = n;
+    }
     row = fold * W;
+    const int64_t least = fold > 1 ? round_up(row, lanes) : lanes;  // a folded row is not cut
     int64_t most = kTileRows;
-    while (most > 1 && words * most * lanes > kTileElements) most /= 2;
+    while (most > 1 && words * most * least > kTileElements) most /= 2;
     split(H, most, rows, ny, kRows);
     width = max(lanes, min(round_up(row, lanes), kTileElements / (words * rows) / lanes * lanes));
     nx = (row + width - 1) / width;
