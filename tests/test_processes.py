@@ -69,9 +69,11 @@ def assert_close(run, other):
                 assert a[name] == pytest.approx(b[name], rel=1e-2, abs=2e-3), name
 
 
-def test_two_processes_train_like_one_with_twice_the_batch(data, two, tmp_path):
-    finish(start(data, tmp_path / "one", batch=2 * RUN["batch"]))
-    assert_close(two, tmp_path / "one")
+def test_two_processes_train_like_one_with_twice_the_batch(data, tmp_path):
+    # SGD, since Adam divides a gradient that is all rounding by its own size
+    finish(start(data, tmp_path / "two", "--nproc", 2, optimiser="sgd"))
+    finish(start(data, tmp_path / "one", batch=2 * RUN["batch"], optimiser="sgd"))
+    assert_close(tmp_path / "two", tmp_path / "one")
 
 
 def test_shares_train_like_replicas_and_go_on_from_them(data, tmp_path):
