@@ -184,7 +184,7 @@ def test_gradients_where_some_keys_score_far_above_all_others(backend, dtype, S,
     """Queries near a border of strong features see scores near 0, and a log-sum-exp of hundreds."""
     torch.manual_seed(0)
     q, k = torch.randn((2, 1, 4 * heads, *S), dtype=torch.float64)
-    g = torch.randn(1, len(S), *S, dtype=dtype)
+    g = torch.randn(1, len(S), *S, dtype=torch.float64)
     q[:, :, :strong] *= 12
     k[:, :, :strong] *= 12
     q[:, :, strong:] *= 0.1
