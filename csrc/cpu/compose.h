@@ -11,7 +11,6 @@ struct Composer {
   using A = Acc<T>;
   using Work = Tile<A, I, d>;
   static constexpr int64_t W = kWidth<A>;
-  static constexpr bool kFew = d <= kHalf<A>;
   const Compose& a;
   Grid fine, coarse;
   Tiling<d> tiles;
@@ -44,7 +43,7 @@ struct Composer {
         to_coarse(position, s.n, a.stride[3 - d + i]);
       }
     });
-    tile.enclose(coarse);
+    tile.complete(coarse);
   }
 
   // Calls f(image of the batch, tile with cells) for all tiles, on all threads.
@@ -54,7 +53,7 @@ struct Composer {
       const std::unique_ptr<Work> tile(new Work);
       for (int64_t i = begin; i < end; i++) {
         place(i / tiles.count(), tiles[i % tiles.count()], *tile);
-        tile->template find_cells<kSlopes>(true);
+        tile->template find_cells_in_image<kSlopes>(true);
         f(i / tiles.count(), *tile);
       }
     });
@@ -63,52 +62,35 @@ struct Composer {
   void forward() const {
     prefer_large_pages(a.y, a.B * d * fine.numel() * sizeof(T));
     for_tiles<false>([&](int64_t b, Work& tile) {
-      for (int64_t c0 = 0; c0 < d; c0 += W) {
-        const int64_t n = min(W, d - c0);
-        kFew ? tile.load_few(flow(b, c0), n) : tile.load(flow(b, c0), n);
+      for (int i = 0; i < d; i++)
         tile.for_lines([&](const Segment& s, int64_t first) {
-          A up[W][kSegment];
-          if (kFew) {
-            tile.gather_few(first, first + s.n);
-            to_few_channels_first<A>(tile.values(tile.line), kSegment, n, s.n, up[0]);
-          } else {
-            tile.gather(first, first + s.n);
-            to_channels_first<A>(tile.line, kSegment, n, s.n, up[0]);
-          }
-          for (int64_t i = 0; i < n; i++) {
-            const T* const residual = static_cast<const T*>(a.residual) + fine_at(b, c0 + i, s);
-            T* const y = static_cast<T*>(a.y) + fine_at(b, c0 + i, s);
-            const A factor = stride(c0 + i);
-            for (int64_t x = 0; x < s.n; x++) y[x] = static_cast<T>(static_cast<A>(residual[x]) + factor * up[i][x]);
-          }
+          A up[kSegment];
+          tile.cells.gather_channel(flow(b, i), first, first + s.n, up);
+          const T* const residual = static_cast<const T*>(a.residual) + fine_at(b, i, s);
+          T* const y = static_cast<T*>(a.y) + fine_at(b, i, s);
+          const A factor = stride(i);
+          for (int64_t x = 0; x < s.n; x++) y[x] = static_cast<T>(static_cast<A>(residual[x]) + factor * up[x]);
         });
-      }
     });
   }
 
-  // The gradient of the sampled components c0 .. c0 + n of a segment: displacements were multiplied by their stride.
-  void load_grad(int64_t b, int64_t c0, int64_t n, const Segment& s, Channels<A>* line) const {
-    A g[W][kSegment];
-    for (int64_t i = 0; i < n; i++) {
-      const T* const grad = static_cast<const T*>(a.grad_y) + fine_at(b, c0 + i, s);
-      const A factor = stride(c0 + i);
-      for (int64_t x = 0; x < s.n; x++) g[i][x] = factor * static_cast<A>(grad[x]);
-    }
-    to_channels_last<A>(g[0], kSegment, n, s.n, line);
+  // The gradient of a sampled component of a segment: displacements were multiplied by their stride.
+  void load_grad(int64_t b, int64_t axis, const Segment& s, A* g) const {
+    const T* const grad = static_cast<const T*>(a.grad_y) + fine_at(b, axis, s);
+    const A factor = stride(axis);
+    for (int64_t x = 0; x < s.n; x++) g[x] = factor * static_cast<A>(grad[x]);
   }
 
   void grad_residual() const {
     prefer_large_pages(a.grad_residual, a.B * d * fine.numel() * sizeof(T));
     for_tiles<true>([&](int64_t b, Work& tile) {
       for (int i = 0; i < d; i++) fill(tile.grad[i], tile.numel(), A(0));
-      for (int64_t c0 = 0; c0 < d; c0 += W) {
-        const int64_t n = min(W, d - c0);
-        tile.load(flow(b, c0), n);
+      for (int c = 0; c < d; c++)
         tile.for_lines([&](const Segment& s, int64_t first) {
-          load_grad(b, c0, n, s, tile.line);
-          tile.position_gradient(first, first + s.n);
+          A g[kSegment] = {};
+          load_grad(b, c, s, g);
+          tile.cells.channel_gradient(flow(b, c), first, first + s.n, g, tile.grad);
         });
-      }
       tile.for_lines([&](const Segment& s, int64_t first) {
         for (int i = 0; i < d; i++) {
           const T* const grad_y = static_cast<const T*>(a.grad_y) + fine_at(b, i, s);
@@ -124,7 +106,11 @@ struct Composer {
     image_gradient<T, I, d>(
         a.B, d, coarse, tiles, true, static_cast<T*>(a.grad_flow),
         [&](int64_t b, const Box& part, Work& tile) { place(b, part, tile); },
-        [&](int64_t b, int64_t c0, int64_t n, const Segment& s, Channels<A>* line) { load_grad(b, c0, n, s, line); });
+        [&](int64_t b, int64_t c0, int64_t n, const Segment& s, Channels<A>* line) {
+          A g[W][kSegment];
+          for (int64_t i = 0; i < n; i++) load_grad(b, c0 + i, s, g[i]);
+          to_channels_last<A>(g[0], kSegment, n, s.n, line);
+        });
   }
 };
 

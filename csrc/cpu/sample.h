@@ -38,6 +38,17 @@ struct Cells {
     }
     return false;
   }
+  // The same for kWidth cells from x on.
+  auto moving(int c, int64_t x) const {
+    auto some = V{} != V{};
+    for (int i = 0; i < d; i++) {
+      V w = load_lanes<A>(slope[i][bit(c, i)] + x);
+      for (int j = 0; j < d; j++)
+        if (j != i) w *= load_lanes<A>(part[j][bit(c, j)] + x);
+      some |= w != V{};
+    }
+    return some;
+  }
   static constexpr int bit(int c, int i) { return c >> (d - 1 - i) & 1; }
 
   // position [d][n], in voxels of `grid` from `origin` on. With `border` it is clamped into the image, else corners
@@ -152,25 +163,28 @@ struct Cells {
     }
   }
 
-  // The same for kHalf channels: one load brings both of a cell's voxels along the last axis.
-  void gather_few(const A* image, int64_t begin, int64_t end, A* out) const {
-    constexpr int64_t H = kHalf<A>;
-    using Half = HalfChannels<A>;
-    for (int64_t x = begin; x < end; x++, out += H) {
-      const A* const cell = image + first[x] * H;
-      Half sum;
-      if (partial[x]) {
-        sum = -Half{};
-        for (int c = 0; c < kCorners; c++)
-          if (const A w = weight(c, x); w != A(0)) sum += w * load_as<Half>(cell + corner[c] * H);
-      } else {
-        V both = outer[0][x] * load_lanes<A>(cell);
-        for (int c = 2; c < kCorners; c += 2) both += outer[c / 2][x] * load_lanes<A>(cell + corner[c] * H);
-        const A* const sides = reinterpret_cast<const A*>(&both);
-        sum = inner[0][x] * load_as<Half>(sides) + inner[1][x] * load_as<Half>(sides + H);
-      }
-      store(out, sum);
-    }
+  // out[x - begin] = a channel [*S] of the image at cell x, for x in [begin, end) and, of no use, up to the next
+  // multiple of kWidth.
+  template <class T>
+  void gather_channel(const T* channel, int64_t begin, int64_t end, A* out) const {
+    for_pairs(channel, begin, end, [&](int64_t x, auto careful, const auto& load) COVER_INLINE_LAMBDA {
+      V side[2] = {-V{}, -V{}}, sum = -V{};
+      unroll<kCorners / 2>([&](auto r) COVER_INLINE_LAMBDA {
+        V value[2];
+        load(r, value);
+        for (int i = 0; i < 2; i++) {
+          const V w = load_lanes<A>(outer[r] + x);
+          if constexpr (careful) {  // as above
+            const V product = w * load_lanes<A>(inner[i] + x), more = sum + product * value[i];
+            sum = product != V{} ? more : sum;
+          } else {
+            side[i] += w * value[i];
+          }
+        }
+      });
+      if constexpr (!careful) sum = side[0] * load_lanes<A>(inner[0] + x) + side[1] * load_lanes<A>(inner[1] + x);
+      store_lanes<A>(out + (x - begin), sum);
+    });
   }
 
   // image += g[x - begin] at cell x, for x in [begin, end): the transpose of `gather`, for the voxels of the image that
@@ -230,6 +244,47 @@ struct Cells {
       for (int i = 0; i < d; i++) add_channels<A>(term[i], grad[i] + x0);
     }
   }
+
+  // grad[i][x] += g[x - begin] * the derivative of a channel [*S] along axis i at cell x, for x in [begin, end) and, of
+  // no use, up to the next multiple of kWidth.
+  template <class T>
+  void channel_gradient(const T* channel, int64_t begin, int64_t end, const A* g, Values* grad) const {
+    for_pairs(channel, begin, end, [&](int64_t x, auto careful, const auto& load) COVER_INLINE_LAMBDA {
+      V value[kCorners], derivative[d][kCorners / 2];
+      unroll<kCorners / 2>([&](auto r) COVER_INLINE_LAMBDA { load(r, value + 2 * r); });
+      for (int c = 0; careful && c < kCorners; c++) value[c] = moving(c, x) ? value[c] : V{};
+      // as above
+      unroll<d>([&](auto done) COVER_INLINE_LAMBDA {
+        constexpr int i = d - 1 - done;
+        const V p0 = load_lanes<A>(part[i][0] + x), p1 = load_lanes<A>(part[i][1] + x);
+        const V s0 = load_lanes<A>(slope[i][0] + x), s1 = load_lanes<A>(slope[i][1] + x);
+        unroll<1 << i>([&](auto k) COVER_INLINE_LAMBDA {
+          for (int j = i + 1; j < d; j++) derivative[j][k] = p0 * derivative[j][2 * k] + p1 * derivative[j][2 * k + 1];
+          derivative[i][k] = s0 * value[2 * k] + s1 * value[2 * k + 1];
+          value[k] = p0 * value[2 * k] + p1 * value[2 * k + 1];
+        });
+      });
+      for (int i = 0; i < d; i++)
+        store_lanes<A>(grad[i] + x, load_lanes<A>(grad[i] + x) + derivative[i][0] * load_lanes<A>(g + (x - begin)));
+    });
+  }
+
+  // Calls f(x, whether any of them has a weight of 0, load) for cells x, x + kWidth, .. in [begin, end): kWidth of them
+  // at a time. load(r, side) brings their values in a channel [*S] at corners 2 r and 2 r + 1.
+  template <class T, class F>
+  COVER_INLINE void for_pairs(const T* channel, int64_t begin, int64_t end, const F& f) const {
+    const T* rows[kCorners / 2];
+    for (int r = 0; r < kCorners / 2; r++) rows[r] = channel + corner[2 * r];
+    const auto all = [&](auto next) COVER_INLINE_LAMBDA {
+      for (int64_t x = begin; x < end; x += kWidth<A>)
+        with_constant(any(load_as<Lanes<I, kWidth<A>>>(partial + x)), [&](auto careful) COVER_INLINE_LAMBDA {
+          f(x, careful, [&](int r, V* side) COVER_INLINE_LAMBDA {
+            load_pairs<A>(rows[r], first + x, next, side, std::make_index_sequence<kWidth<A>>());
+          });
+        });
+    };
+    corner[1] == 1 ? all(std::integral_constant<int, 1>()) : all(corner[1]);
+  }
 };
 
 constexpr int64_t kSegment = 64;  // voxels of a tile along W, at most
@@ -261,25 +316,34 @@ struct Tile {
   V copy[C::kCorners * kTileVoxels];
   V line[kSegment];  // the same channels of a line of the tile
 
-  int64_t numel() const { return part.grid.numel(); }
+  // Lines begin at multiples of kWidth.
+  int64_t pitch() const { return round_up(part.grid.S[2], kWidth<A>); }
+  int64_t numel() const { return part.grid.S[0] * part.grid.S[1] * pitch(); }
 
   // Calls f(segment, index of its first voxel in the tile) for the lines of the tile.
   template <class F>
   void for_lines(const F& f) const {
     int64_t first = 0;
     for (int64_t z = part.low[0]; z < part.low[0] + part.grid.S[0]; z++)
-      for (int64_t y = part.low[1]; y < part.low[1] + part.grid.S[1]; y++, first += part.grid.S[2])
+      for (int64_t y = part.low[1]; y < part.low[1] + part.grid.S[1]; y++, first += pitch())
         f(Segment{z, y, part.low[2], part.grid.S[2]}, first);
   }
 
-  // Sets `box`, once `position` is set.
-  void enclose(const Grid& grid) {
+  // To be called once the positions of all lines, in `grid`, are set; sets those between lines.
+  void complete(const Grid& grid) {
+    image = grid;
+    const int64_t n = part.grid.S[2];
+    for (int64_t first = 0; n < pitch() && first < numel(); first += pitch())
+      for (int i = 0; i < d; i++) fill(position[i] + first + n, pitch() - n, position[i][first]);
+  }
+
+  // Sets `box`.
+  void enclose() {
     Extent<A> extent[d];
     for (int i = 0; i < d; i++) {
       extent[i] = {splat(kInf<A>), splat(-kInf<A>)};
       extent[i].add(position[i], numel());
     }
-    image = grid;
     box = box_around(image, extent, d);
     whole = box.numel() <= C::kCorners * numel();
   }
@@ -330,15 +394,6 @@ struct Tile {
   void load(const T* x, int64_t channels) {
     for_copied([&](int64_t at, int64_t n, V* row) { to_channels_last<A>(x + at, image.numel(), channels, n, row); });
   }
-
-  // The same for at most kHalf channels, which `gather_few` reads.
-  template <class T>
-  void load_few(const T* x, int64_t channels) {
-    for_copied([&](int64_t at, int64_t n, V* row) {
-      to_few_channels_last<A>(x + at, image.numel(), channels, n, values(copy) + (row - copy) * kHalf<A>);
-    });
-  }
-  void gather_few(int64_t begin, int64_t end) { cells.gather_few(values(copy), begin, end, values(line)); }
 
   void clear() {
     for_copied([&](int64_t, int64_t n, V* row) { std::memset(row, 0, n * sizeof(V)); });
@@ -423,6 +478,7 @@ inline void image_gradient(int64_t B, int64_t C, const Grid& image, const Tiling
       for (int64_t c = 0; c < channels; c++) fill(sums + c * stride, rows * row, A(0));
       for (int64_t i = 0; i < tiles.count(); i++) {
         place(b, tiles[i], *tile);
+        tile->enclose();
         if (!tile->reads(range)) continue;
         tile->template find_cells<false>(border);
         for (int64_t c = 0; c < channels; c += W) {

@@ -13,17 +13,23 @@ constexpr int64_t kWidth = (COVER_BYTES < 32 ? COVER_BYTES : 32) / sizeof(A);
 template <class A>
 using Channels = Lanes<A, kWidth<A>>;
 
+// Elements E of two vectors side by side.
+template <class V, size_t... E>
+COVER_INLINE V pick(V a, V b, std::index_sequence<E...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, E...);
+#else
+  constexpr size_t W = sizeof...(E);
+  return V{(E < W ? a[E % W] : b[E % W])...};
+#endif
+}
+
 // Element J.. of a where J & S is 0, else element J - S.. of b; and what that leaves, in the same order.
 template <int S, class V, size_t... J>
 COVER_INLINE void exchange(V& a, V& b, std::index_sequence<J...>) {
   constexpr size_t W = sizeof...(J);
-#if __has_builtin(__builtin_shufflevector)
-  const V first = __builtin_shufflevector(a, b, (J & S ? W + J - S : J)...);
-  b = __builtin_shufflevector(a, b, (J & S ? W + J : J + S)...);
-#else
-  const V first = {(J & S ? b[J - (J & S)] : a[J])...};
-  b = V{(J & S ? b[J] : a[J + S & W - 1])...};
-#endif
+  const V first = pick(a, b, std::index_sequence<(J & S ? W + J - S : J)...>());
+  b = pick(a, b, std::index_sequence<(J & S ? W + J : J + S)...>());
   a = first;
 }
 
@@ -54,6 +60,37 @@ COVER_INLINE void store_lanes(T* p, Channels<A> v) {
     std::memcpy(p, &v, sizeof(v));
   else
     for (int i = 0; i < kWidth<A>; i++) p[i] = static_cast<T>(v[i]);
+}
+
+// p[0] and p[1] of half of kWidth voxels with the indices `first`: of every second P of them from the k-th P on, so
+// that two such vectors have the same voxels in the same 16 bytes.
+template <class A, size_t k, class I, size_t... N>
+COVER_INLINE Channels<A> load_half(const A* p, const I* first, std::index_sequence<N...>) {
+  constexpr size_t P = 8 / sizeof(A);
+  if constexpr (P == 2)
+    return (Channels<A>)Lanes<double, sizeof...(N)>{load_as<double>(p + first[N / P * 2 * P + k * P + N % P])...};
+  Channels<A> v{};
+  ((v[2 * N] = p[first[2 * N + k]], v[2 * N + 1] = p[first[2 * N + k] + 1]), ...);
+  return v;
+}
+
+// side[i][j] = p[first[j] + i * next] for kWidth voxels j. Where `next` is the constant 1, one load brings both sides.
+template <class A, class T, class I, class Next, size_t... J>
+COVER_INLINE void load_pairs(const T* p, const I* first, Next next, Channels<A>* side, std::index_sequence<J...>) {
+  constexpr size_t W = sizeof...(J), P = 8 / sizeof(A);
+  constexpr bool kBeside = std::is_same_v<Next, std::integral_constant<int, 1>>;
+  if constexpr (kBeside && std::is_same_v<T, A>) {
+    const Channels<A> a = load_half<A, 0>(p, first, std::make_index_sequence<W / 2>());
+    const Channels<A> b = load_half<A, 1>(p, first, std::make_index_sequence<W / 2>());
+    side[0] = pick(a, b, std::index_sequence<(J / P % 2 * W + J / (2 * P) * 2 * P + J % P * 2)...>());
+    side[1] = pick(a, b, std::index_sequence<(J / P % 2 * W + J / (2 * P) * 2 * P + J % P * 2 + 1)...>());
+  } else if constexpr (kBeside && std::is_same_v<T, BFloat16>) {
+    const Lanes<int32_t, W> both = {load_as<int32_t>(p + first[J])...};
+    side[0] = (Channels<A>)(both << 16), side[1] = (Channels<A>)(both & ~0xffff);
+  } else {
+    side[0] = Channels<A>{static_cast<A>(p[first[J]])...};
+    side[1] = Channels<A>{static_cast<A>(p[first[J] + next])...};
+  }
 }
 
 // Calls f(x, channels) for squares of kWidth voxels from x on, of a row of n >= kWidth; the last one may overlap the
@@ -98,50 +135,6 @@ __attribute__((noinline)) void to_channels_first(const Channels<A>* src, int64_t
     for (int64_t i = 0; i < W; i++) m[i] = src[x + i];
     transpose<A>(m);
     for (int64_t c = 0; c < W; c++)
-      if (c < channels) store_lanes<A>(dst + c * stride + x, m[c]);
-  });
-}
-
-// Half as many channels of a voxel, for images of so few.
-template <class A>
-constexpr int64_t kHalf = kWidth<A> / 2;
-template <class A>
-using HalfChannels = Lanes<A, kHalf<A>>;
-
-// As `to_channels_last` and `to_channels_first`, for channels <= kHalf.
-template <class A, class T>
-__attribute__((noinline)) void to_few_channels_last(const T* src, int64_t stride, int64_t channels, int64_t n, A* dst) {
-  constexpr int64_t H = kHalf<A>;
-  if (n < kWidth<A>) {
-    for (int64_t x = 0; x < n; x++)
-      for (int64_t c = 0; c < H; c++) dst[x * H + c] = c < channels ? static_cast<A>(src[c * stride + x]) : A(0);
-    return;
-  }
-  for_squares<A>(n, channels, [&](int64_t x, int64_t channels) COVER_INLINE_LAMBDA {
-    Channels<A> m[H];
-    for (int64_t c = 0; c < H; c++) m[c] = c < channels ? load_lanes<A>(src + c * stride + x) : Channels<A>{};
-    transpose<A, H>(m);
-    for (int64_t i = 0; i < H; i++)
-      for (int64_t k = 0; k < 2; k++)
-        std::memcpy(dst + (x + i + k * H) * H, reinterpret_cast<const A*>(m + i) + k * H, sizeof(HalfChannels<A>));
-  });
-}
-template <class A>
-__attribute__((noinline)) void to_few_channels_first(const A* src, int64_t stride, int64_t channels, int64_t n,
-                                                     A* dst) {
-  constexpr int64_t H = kHalf<A>;
-  if (n < kWidth<A>) {
-    for (int64_t c = 0; c < channels; c++)
-      for (int64_t x = 0; x < n; x++) dst[c * stride + x] = src[x * H + c];
-    return;
-  }
-  for_squares<A>(n, channels, [&](int64_t x, int64_t channels) COVER_INLINE_LAMBDA {
-    Channels<A> m[H];
-    for (int64_t i = 0; i < H; i++)
-      for (int64_t k = 0; k < 2; k++)
-        std::memcpy(reinterpret_cast<A*>(m + i) + k * H, src + (x + i + k * H) * H, sizeof(HalfChannels<A>));
-    transpose<A, H>(m);
-    for (int64_t c = 0; c < H; c++)
       if (c < channels) store_lanes<A>(dst + c * stride + x, m[c]);
   });
 }

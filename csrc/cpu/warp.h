@@ -11,7 +11,7 @@ template <class T, class F, class I, int d>
 struct Warper {
   using A = Acc<T>;
   using Work = Tile<A, I, d>;
-  static constexpr int64_t W = kWidth<A>;
+  static constexpr int64_t W = kWidth<A>, kFew = W / 2;  // channels
   const Warp& a;
   Grid fine, coarse;
   Tiling<d> tiles;
@@ -72,7 +72,7 @@ struct Warper {
         for (int64_t x = 0; x < s.n; x++)
           position[i][x] += static_cast<A>(static_cast<int32_t>(origin[3 - d + i] + (i == d - 1 ? x : 0)));
     });
-    tile.enclose(fine);
+    tile.complete(fine);
   }
 
   // Calls f(offset of channel c0 of image b, number of channels) for the channels, W at a time.
@@ -88,12 +88,13 @@ struct Warper {
       for (int64_t i = begin; i < end; i++) {
         const int64_t b = i / tiles.count();
         place(b, tiles[i % tiles.count()], *tile);
-        a.channels_last ? sample_channels_last(b, *tile) : sample(b, *tile);
+        a.channels_last ? sample_channels_last(b, *tile) : a.C < kFew ? sample_few(b, *tile) : sample(b, *tile);
       }
     });
   }
 
   void sample(int64_t b, Work& tile) const {
+    tile.enclose();
     tile.template find_cells<false>(a.border);
     for_channels(b, [&](int64_t image, int64_t channels) {
       tile.load(static_cast<const T*>(a.x) + image, channels);
@@ -102,6 +103,18 @@ struct Warper {
         to_channels_first<A>(tile.line, fine.numel(), channels, s.n, static_cast<T*>(a.y) + image + row(s));
       });
     });
+  }
+
+  // Copies for few channels would take longer than to read them one by one.
+  void sample_few(int64_t b, Work& tile) const {
+    tile.template find_cells_in_image<false>(a.border);
+    for (int64_t c = b * a.C; c < (b + 1) * a.C; c++)
+      tile.for_lines([&](const Segment& s, int64_t first) {
+        A line[kSegment];
+        tile.cells.gather_channel(static_cast<const T*>(a.x) + c * fine.numel(), first, first + s.n, line);
+        T* const y = static_cast<T*>(a.y) + c * fine.numel() + row(s);
+        for (int64_t x = 0; x < s.n; x++) y[x] = static_cast<T>(line[x]);
+      });
   }
 
   // What lies in memory as it is worked on needs no copies.
@@ -145,6 +158,7 @@ struct Warper {
         fill(sums, lines * line, A(0));
         for (int64_t i = 0; i < tiles.count(); i++) {
           place(b, tiles[i], *tile);
+          tile->enclose();
           if (!tile->reads(range)) continue;
           tile->template find_cells_in_image<false>(a.border);
           tile->for_lines([&](const Segment& s, int64_t at) {
@@ -161,26 +175,38 @@ struct Warper {
   // Sets the tile's `grad` in the lines [low, high) along the outermost axis.
   void position_gradient(int64_t b, int64_t low, int64_t high, Work& tile) const {
     for (int i = 0; i < d; i++) fill(tile.grad[i], tile.numel(), A(0));
+    const auto for_owned = [&](const auto& f) {
+      tile.for_lines([&](const Segment& s, int64_t first) {
+        const int64_t at = d == 3 ? s.z : s.y;
+        if (at >= low && at < high) f(s, first);
+      });
+    };
     if (a.channels_last) {
       tile.template find_cells_in_image<true>(a.border);
-      tile.for_lines([&](const Segment& s, int64_t first) {
-        const int64_t at = d == 3 ? s.z : s.y;
-        if (at >= low && at < high)
-          tile.cells.position_gradient(voxel(a.x, b, 0), a.C, first, first + s.n, voxel(a.grad_y, b, row(s)),
-                                       tile.grad);
+      for_owned([&](const Segment& s, int64_t first) {
+        tile.cells.position_gradient(voxel(a.x, b, 0), a.C, first, first + s.n, voxel(a.grad_y, b, row(s)), tile.grad);
       });
-      return;
+    } else if (a.C < kFew) {
+      tile.template find_cells_in_image<true>(a.border);
+      for (int64_t c = b * a.C; c < (b + 1) * a.C; c++)
+        for_owned([&](const Segment& s, int64_t first) {
+          A g[kSegment] = {};
+          const T* const grad_y = static_cast<const T*>(a.grad_y) + c * fine.numel() + row(s);
+          for (int64_t x = 0; x < s.n; x++) g[x] = static_cast<A>(grad_y[x]);
+          tile.cells.channel_gradient(static_cast<const T*>(a.x) + c * fine.numel(), first, first + s.n, g, tile.grad);
+        });
+    } else {
+      tile.enclose();
+      tile.template find_cells<true>(a.border);
+      for_channels(b, [&](int64_t image, int64_t channels) {
+        tile.load(static_cast<const T*>(a.x) + image, channels);
+        for_owned([&](const Segment& s, int64_t first) {
+          const T* const grad_y = static_cast<const T*>(a.grad_y) + image + row(s);
+          to_channels_last<A>(grad_y, fine.numel(), channels, s.n, tile.line);
+          tile.position_gradient(first, first + s.n);
+        });
+      });
     }
-    tile.template find_cells<true>(a.border);
-    for_channels(b, [&](int64_t image, int64_t channels) {
-      tile.load(static_cast<const T*>(a.x) + image, channels);
-      tile.for_lines([&](const Segment& s, int64_t first) {
-        const int64_t at = d == 3 ? s.z : s.y;
-        if (at < low || at >= high) return;
-        to_channels_last<A>(static_cast<const T*>(a.grad_y) + image + row(s), fine.numel(), channels, s.n, tile.line);
-        tile.position_gradient(first, first + s.n);
-      });
-    });
   }
 
   void backward() const {
