@@ -18,11 +18,12 @@ struct Cells {
   static constexpr int kCorners = 1 << d;
   static constexpr int64_t kSize = kTileVoxels + 64 / sizeof(A);  // no power of two: lines in different sets of a cache
   using V = Channels<A>;
+  using Mark = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
   typedef A Values[kSize];
   I first[kSize];                        // index of a cell's first voxel
   I corner[kCorners];                    // distance of each corner from it; 0 along an axis of one voxel
   Values outer[kCorners / 2], inner[2];  // of the weights; 0 outside the image
-  I partial[kSize];                      // not 0 where some weight is 0
+  Mark partial[kSize];                   // not 0 where some weight is 0
   int64_t count;                         // of cells
   Values part[d][2];                     // factors of the weights along each axis
   Values slope[d][2];                    // their derivatives
@@ -73,7 +74,8 @@ struct Cells {
     count = n;
     const Vec<A> zero{}, one = splat(A(1));
     for (int64_t x = 0; x < n; x += lanes) {
-      Index at{}, some_zero{};
+      Index at{};
+      Mask some_zero{};
       Vec<A> factor[d][2];
       for (int i = 0; i < d; i++) {
         const I size = static_cast<I>(grid.S[3 - d + i]), base_last = max<I>(0, size - 2);
@@ -114,7 +116,7 @@ struct Cells {
       }
       const auto keep = [&](A* to, Vec<A> w) {
         store(to + x, w);
-        some_zero |= __builtin_convertvector(w == zero, Index);
+        some_zero |= w == zero;
       };
       for (int c = 0; c < kCorners; c += 2) {
         Vec<A> w = factor[0][bit(c, 0)];
@@ -168,22 +170,19 @@ struct Cells {
   template <class T>
   void gather_channel(const T* channel, int64_t begin, int64_t end, A* out) const {
     for_pairs(channel, begin, end, [&](int64_t x, auto careful, const auto& load) COVER_INLINE_LAMBDA {
-      V side[2] = {-V{}, -V{}}, sum = -V{};
+      V side[2] = {-V{}, -V{}};
       unroll<kCorners / 2>([&](auto r) COVER_INLINE_LAMBDA {
         V value[2];
         load(r, value);
         for (int i = 0; i < 2; i++) {
-          const V w = load_lanes<A>(outer[r] + x);
-          if constexpr (careful) {  // as above
-            const V product = w * load_lanes<A>(inner[i] + x), more = sum + product * value[i];
-            sum = product != V{} ? more : sum;
-          } else {
-            side[i] += w * value[i];
-          }
+          V w = load_lanes<A>(outer[r] + x);
+          if (careful) w *= load_lanes<A>(inner[i] + x);
+          const V more = side[i] + w * value[i];
+          side[i] = !careful || w != V{} ? more : side[i];  // as above
         }
       });
-      if constexpr (!careful) sum = side[0] * load_lanes<A>(inner[0] + x) + side[1] * load_lanes<A>(inner[1] + x);
-      store_lanes<A>(out + (x - begin), sum);
+      for (int i = 0; !careful && i < 2; i++) side[i] *= load_lanes<A>(inner[i] + x);
+      store_lanes<A>(out + (x - begin), side[0] + side[1]);
     });
   }
 
@@ -277,7 +276,7 @@ struct Cells {
     for (int r = 0; r < kCorners / 2; r++) rows[r] = channel + corner[2 * r];
     const auto all = [&](auto next) COVER_INLINE_LAMBDA {
       for (int64_t x = begin; x < end; x += kWidth<A>)
-        with_constant(any(load_as<Lanes<I, kWidth<A>>>(partial + x)), [&](auto careful) COVER_INLINE_LAMBDA {
+        with_constant(any(load_as<Lanes<Mark, kWidth<A>>>(partial + x)), [&](auto careful) COVER_INLINE_LAMBDA {
           f(x, careful, [&](int r, V* side) COVER_INLINE_LAMBDA {
             load_pairs<A>(rows[r], first + x, next, side, std::make_index_sequence<kWidth<A>>());
           });
