@@ -2,9 +2,9 @@
 // share.
 //
 // Positions are turned once into cells (the 2^d corners' indices and weights). A tile copies the box of the image that
-// it reads into scratch, transposed, a few channels at a time, and then reads or adds to all of them through the same
+// it reads into scratch, transposed, some channels at a time, and then reads or adds to all of them through the same
 // cells. The box is an image of its own: cells are found in it as in any other. An image that lies in memory with its
-// channels last is read, and added to, as it lies.
+// channels last is read, and added to, as it lies; one of few channels is read so.
 namespace cover {
 namespace COVER_ISA {
 
@@ -315,7 +315,7 @@ struct Tile {
   V copy[C::kCorners * kTileVoxels];
   V line[kSegment];  // the same channels of a line of the tile
 
-  // Lines begin at multiples of kWidth.
+  // Voxels from line to line, a multiple of kWidth, and in all.
   int64_t pitch() const { return round_up(part.grid.S[2], kWidth<A>); }
   int64_t numel() const { return part.grid.S[0] * part.grid.S[1] * pitch(); }
 
