@@ -125,12 +125,14 @@ def test_a_displacement_that_is_nan_along_one_axis_gives_nan_though_the_other_le
 
 
 @pytest.mark.parametrize("padding", ["zeros", "border"])
-@pytest.mark.parametrize(("S", "C"), [((130, 150), 17), ((130, 150), 3), ((20, 37, 40), 1), ((20, 37, 40), 16)])
-def test_images_of_many_tiles_under_smooth_and_rough_flows(S, C, padding):
-    """Far displacements, beyond what a tile of the CPU kernels copies, beside near ones, infinite and NaN ones."""
+@pytest.mark.parametrize("reach", [(3, 3), (3, 90)])
+@pytest.mark.parametrize(
+    ("S", "C"), [((130, 150), 17), ((130, 150), 3), ((9, 1100), 9), ((8, 5000), 1), ((20, 37, 40), 1), ((20, 37, 40), 16)]
+)
+def test_images_of_many_tiles_under_near_and_far_displacements(S, C, reach, padding):
+    """Some of them beyond what a tile of the CPU kernels copies, some infinite or NaN."""
     x = torch.randn(2, C, *S)
-    flow = 3 * torch.randn(2, len(S), *S)
-    flow[1] *= 30
+    flow = torch.tensor(reach).view(2, *[1] * (1 + len(S))) * torch.randn(2, len(S), *S)
     flow[:, :, 7, 11:14] = torch.tensor([torch.nan, torch.inf, -torch.inf]).view(3, *[1] * (len(S) - 2))
     with cover_kernels.use_backend("reference"):
         expected = warp(x, flow, padding=padding)

@@ -16,7 +16,9 @@ struct Composer {
   Tiling<d> tiles;
 
   explicit Composer(const Compose& a)
-      : a(a), fine{{a.S[0], a.S[1], a.S[2]}}, coarse(coarser(fine, a.stride)), tiles(fine) {}
+      : a(a), fine{{a.S[0], a.S[1], a.S[2]}}, coarse(coarser(fine, a.stride)), tiles(fine, spread()) {}
+
+  A spread() const { return d == 2 ? COVER_ISA::spread<A>(static_cast<const T*>(a.residual), a.B, fine, 1) : A(0); }
 
   A stride(int64_t axis) const { return static_cast<A>(a.stride[3 - d + axis]); }
 

@@ -286,7 +286,7 @@ struct Cells {
   }
 };
 
-constexpr int64_t kSegment = 64;  // voxels of a tile along W, at most
+constexpr int64_t kSegment = 512;  // voxels of a tile along W, at most
 
 // Voxels x0 .. x0 + n of line (z, y).
 struct Segment {
@@ -424,25 +424,48 @@ struct Tile {
   }
 };
 
-// A grid cut into tiles, in array order.
+// By how many voxels displacements along H differ, of the first component of B flows [B, 2, *grid] that are `stride`
+// voxels apart. Every eighth line of voxels is looked at, which is near enough to choose tiles.
+template <class A, class T>
+inline A spread(const T* flow, int64_t B, const Grid& grid, int64_t stride) {
+  Extent<A> extent{splat(kInf<A>), splat(-kInf<A>)};
+  A numbers[kSegment];
+  for (int64_t b = 0; b < B; b++)
+    for (int64_t y = 0; y < grid.S[1]; y += max<int64_t>(1, 8 / stride))
+      for (int64_t x = 0; x < grid.S[2]; x += kSegment) {
+        const int64_t n = min(kSegment, grid.S[2] - x);
+        const T* const row = flow + (b * 2 * grid.S[1] + y) * grid.S[2] + x;
+        for (int64_t i = 0; i < n; i++) numbers[i] = static_cast<A>(row[i]);
+        extent.add(numbers, n);
+      }
+  return extent.high() - extent.low();
+}
+
+// A grid cut into tiles, in array order. Long rows are read and written as a stream: in 2D a tile is as wide as the box
+// allows that it reads, by the `spread` of the displacements.
 template <int d>
 struct Tiling {
-  static constexpr int64_t kTile[3] = {d == 3 ? 8 : 1, d == 3 ? 8 : 64, 64};  // long rows, which are read as a stream
-  static_assert(kTile[0] * kTile[1] * kTile[2] <= kTileVoxels && kTile[2] <= kSegment);
-  Grid grid, tiles;
+  Grid grid, tile, tiles;
 
-  explicit Tiling(const Grid& grid) : grid(grid) {
-    for (int i = 0; i < 3; i++) tiles.S[i] = (grid.S[i] + kTile[i] - 1) / kTile[i];
+  Tiling(const Grid& grid, double spread) : grid(grid), tile{{8, 8, 64}} {
+    for (int64_t n = quotient(grid.S[2], kSegment); d == 2; n++) {
+      const int64_t width = round_up(quotient(grid.S[2], n), 16), height = min<int64_t>(64, kTileVoxels / width);
+      tile = {{1, quotient(grid.S[1], quotient(grid.S[1], height)), width}};
+      // a box of at most about 4 times the tile
+      if (width <= 64 || spread <= 3.0 * static_cast<double>(height)) break;
+    }
+    for (int i = 0; i < 3; i++) tiles.S[i] = quotient(grid.S[i], tile.S[i]);
   }
+  static int64_t quotient(int64_t n, int64_t by) { return (n + by - 1) / by; }  // rounded up
   int64_t count() const { return tiles.numel(); }
   Box operator[](int64_t i) const {
     const int64_t at[3] = {i / (tiles.S[1] * tiles.S[2]), i / tiles.S[2] % tiles.S[1], i % tiles.S[2]};
-    Box tile;
+    Box part;
     for (int axis = 0; axis < 3; axis++) {
-      tile.low[axis] = at[axis] * kTile[axis];
-      tile.grid.S[axis] = min(kTile[axis], grid.S[axis] - tile.low[axis]);
+      part.low[axis] = at[axis] * tile.S[axis];
+      part.grid.S[axis] = min(tile.S[axis], grid.S[axis] - part.low[axis]);
     }
-    return tile;
+    return part;
   }
 };
 

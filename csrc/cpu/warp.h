@@ -16,7 +16,12 @@ struct Warper {
   Grid fine, coarse;
   Tiling<d> tiles;
 
-  explicit Warper(const Warp& a) : a(a), fine{{a.S[0], a.S[1], a.S[2]}}, coarse(coarser(fine, a.stride)), tiles(fine) {}
+  explicit Warper(const Warp& a)
+      : a(a), fine{{a.S[0], a.S[1], a.S[2]}}, coarse(coarser(fine, a.stride)), tiles(fine, spread()) {}
+
+  A spread() const {
+    return d == 2 ? a.stride[1] * COVER_ISA::spread<A>(static_cast<const F*>(a.flow), a.B, coarse, a.stride[1]) : A(0);
+  }
 
   bool same_level() const { return a.stride[0] * a.stride[1] * a.stride[2] == 1; }
   int64_t row(const Segment& s) const { return (s.z * fine.S[1] + s.y) * fine.S[2] + s.x0; }
