@@ -127,7 +127,8 @@ def test_a_displacement_that_is_nan_along_one_axis_gives_nan_though_the_other_le
 @pytest.mark.parametrize("padding", ["zeros", "border"])
 @pytest.mark.parametrize("reach", [(3, 3), (3, 90)])
 @pytest.mark.parametrize(
-    ("S", "C"), [((130, 150), 17), ((130, 150), 3), ((9, 1100), 9), ((8, 5000), 1), ((20, 37, 40), 1), ((20, 37, 40), 16)]
+    ("S", "C"),
+    [((130, 150), 17), ((130, 150), 3), ((9, 1100), 9), ((8, 5000), 1), ((20, 37, 40), 1), ((20, 37, 40), 16)],
 )
 def test_images_of_many_tiles_under_near_and_far_displacements(S, C, reach, padding):
     """Some of them beyond what a tile of the CPU kernels copies, some infinite or NaN."""
