@@ -43,7 +43,8 @@ def drift(old: dict, new: dict) -> Drift:
         if all(flops):
             scatter = max(scatter, abs(middle / peaks - 1) / 2)
         return Drift(middle, scatter, f"{len(ratios)} rows that run nothing of ours")
-    return Drift(peaks, 0.0, "measured peaks; there are no rows that run nothing of ours")
+    # the truth lies between no drift and theirs
+    return Drift(peaks, abs(1 / peaks - 1) / 2, "measured peaks; there are no rows that run nothing of ours")
 
 
 def slower(before: Row, after: Row, machine: Drift, tolerance: float) -> bool:

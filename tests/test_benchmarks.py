@@ -63,6 +63,15 @@ def test_comparison_finds_what_got_worse_and_nothing_else(changed, worse):
     assert any(line.startswith("veu, forward") for line in lines) or "not in the newer run" in worse
 
 
+@pytest.mark.parametrize(("time", "worse"), [(1e-3, []), (1.2e-3, ["veu, forward: 1.50 times the time"])])
+def test_without_controls_the_peaks_drift_is_no_more_than_possible(time, worse):
+    after = document(entry("cover", time))
+    after["cover"]["peaks"]["flops"] = 5e12
+    lines, found = compare.compare(document(entry("cover", 1e-3)), after, 0.05)
+    assert found == worse
+    assert "0.80 times as slow" in lines[0]
+
+
 def test_comparison_of_instructions_has_no_noise(tmp_path, capsys):
     paths = [tmp_path / name for name in ("old.json", "new.json")]
     for path, count in zip(paths, (1000, 1011), strict=True):
